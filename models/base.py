@@ -1,0 +1,69 @@
+"""The one protocol every encoder follows; the stages know nothing else of a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+from pipeline.types import Float32, FrameGeometry, UInt8
+
+PREPROCESSING_VERSION = 1  # raise it when the same pixels would give other vectors
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSpec:
+    """What an encoder is, to the last fact that changes its vectors.
+
+    Attributes:
+        name: As the user names it, e.g. `open_clip:PE-Core-B-16/meta`.
+        dim: Length of a vector (D).
+        geometry: How a frame becomes the input (without `exact`, which belongs to the collection).
+        mean, std: Per channel, of pixels scaled to [0, 1].
+        window: Frames per vector (1: an image encoder).
+        temperature: Of the contrastive loss it was trained with (1 / logit scale); FineCo's scores are cosine / it.
+        context_length: Longest text in tokens.
+        weights_sha256: Of the weights file.
+        licence: Of the weights, as their publisher states it.
+    """
+
+    name: str
+    dim: int
+    geometry: FrameGeometry
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    window: int
+    temperature: float
+    context_length: int
+    weights_sha256: str
+    licence: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the vectors; two encoders with one fingerprint are interchangeable."""
+        facts = asdict(self)
+        for word_only in ("name", "licence"):  # the same weights under another name are the same encoder
+            del facts[word_only]
+        facts["preprocessing"] = PREPROCESSING_VERSION
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Encoder(Protocol):
+    """Frames and text to unit vectors of one space."""
+
+    spec: EncoderSpec
+    device: str  # as torch names it: "cpu", "cuda:0"
+    precision: str  # "fp32" or "bf16"
+
+    def encode_frames(self, frames: UInt8) -> Float32:
+        """(B, H, W, 3) uint8 RGB of the spec's geometry -> (B, D) float32 unit rows.
+
+        Raises torch's out-of-memory error when B is too large for the device; the caller halves the batch.
+        """
+        ...
+
+    def encode_text(self, texts: Sequence[str]) -> Float32:
+        """B texts -> (B, D) float32 unit rows. A text longer than the context is cut."""
+        ...

@@ -1,0 +1,1 @@
+"""The stages of fineco, from video files to answers, and what carries them."""
