@@ -1,0 +1,1 @@
+"""The decoding process: the one home of PyAV, and never of torch."""
