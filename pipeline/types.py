@@ -104,6 +104,16 @@ class FrameGeometry:
     exact: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeLimits:
+    """What one video may cost; over it the video fails with a code of the same name (`timeout` for the seconds)."""
+
+    max_pixels: int = 8192 * 4608
+    max_frames: int = 200_000
+    memory_bytes: int = 4 << 30
+    stall_seconds: float = 60.0  # without a sign of progress from the decoder
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class FrameBatch:
     """Frames of one video: `frames` (N, H, W, 3) uint8 RGB, `pts_seconds` (N,) float64, non-decreasing."""

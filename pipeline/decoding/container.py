@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import av
 
 from pipeline.errors import VideoError
+from pipeline.types import DecodeLimits
 
 # Containers that hold their media themselves. No playlist (hls, dash, concat, sdp) and no file sequence (image2):
 # those make FFmpeg open other files or addresses (FAULTS.md section 3).
@@ -19,15 +21,6 @@ CONTAINERS = (
     "h261,h263,h264,hevc,vvc,vc1,m4v,mjpeg,jpeg_pipe,png_pipe,webp_pipe,yuv4mpegpipe,mp3,aac,wav,flac"
 )
 ATTACHED_PICTURE, TIMED_THUMBNAILS, DEFAULT_STREAM = 0x400, 0x800, 0x1
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one video may cost; over it the video fails with a code of the same name."""
-
-    max_pixels: int = 8192 * 4608
-    max_frames: int = 200_000
-    memory_bytes: int = 4 << 30
 
 
 @dataclass(slots=True)
@@ -40,9 +33,10 @@ class Report:
     n_decoded: int = 0
     skipping: bool = True
     notes: list[str] = field(default_factory=list)
+    alive: Callable[[], object] = bool  # called for every packet
 
 
-def open_video(path: str, limits: Limits) -> tuple[Any, Any]:
+def open_video(path: str, limits: DecodeLimits) -> tuple[Any, Any]:
     """Opens the container and its one video stream, hardened. Returns (container, stream)."""
     try:
         container = av.open(
@@ -91,7 +85,7 @@ def frame_ticks(stream: Any) -> int:
     rate: Fraction = stream.average_rate or stream.guessed_rate or Fraction(25)
     if not 1 <= rate <= 240:
         rate = Fraction(25)
-    return max(1, round(1 / (rate * stream.time_base)))
+    return max(1, round(1 / (rate * Fraction(stream.time_base))))
 
 
 def _seconds(ticks: int | None, time_base: Fraction) -> float | None:
@@ -118,6 +112,7 @@ class Clock:
 
     def saw(self, pts: int | None) -> None:
         """A packet or frame at `pts` exists; the first one sets time 0 where the container does not."""
+        self.report.alive()
         if pts is None:
             return
         if self.zero is None or (self.last_pts is None and pts < self.zero):

@@ -10,15 +10,18 @@ from typing import Any
 import av
 import numpy as np
 
-from pipeline.decoding.container import Clock, Limits, Report, error_count, frame_ticks, open_video, reason
+from pipeline.decoding.container import Clock, Report, error_count, frame_ticks, open_video, reason
 from pipeline.decoding.skipping import NotAsExpectedError, iter_keyframes, iter_samples
 from pipeline.errors import VideoError
 from pipeline.sampling import CellPicker, Sampling, fps_picker, frames_picker
+from pipeline.types import DecodeLimits
 
 MAX_BAD_PACKETS = 300  # in a row without a frame: what follows is noise
 
 
-def sample_frames(path: str, sampling: Sampling, report: Report, limits: Limits, skip: bool = True) -> Iterator[Any]:
+def sample_frames(
+    path: str, sampling: Sampling, report: Report, limits: DecodeLimits, skip: bool = True
+) -> Iterator[Any]:
     """Decodes the sampled frames of one video.
 
     Args:
@@ -76,7 +79,7 @@ def _finish_report(clock: Clock, report: Report, emitted: int, errors: int) -> N
 
 
 def _samples(
-    path: str, container: Any, stream: Any, sampling: Sampling, clock: Clock, limits: Limits, skipping: bool
+    path: str, container: Any, stream: Any, sampling: Sampling, clock: Clock, limits: DecodeLimits, skipping: bool
 ) -> Iterator[tuple[int, Any]]:
     """Yields (pts, frame) of the samples, by skipping or the plain way."""
     keyframe_pts: set[int] = set()
@@ -116,7 +119,7 @@ def _samples(
                 yield pts, frame
 
 
-def _all_times(path: str, limits: Limits, skipping: bool) -> tuple[list[int], set[int]]:
+def _all_times(path: str, limits: DecodeLimits, skipping: bool) -> tuple[list[int], set[int]]:
     """Sorted presentation times of the whole video, and those of its keyframes: from the packets, without decoding;
     or, where packets have no usable times, from the decoded frames (and then skipping is out of the question)."""
     container, stream = open_video(path, limits)

@@ -16,12 +16,12 @@ import sys
 import time
 from typing import Any
 
-from pipeline.decoding.container import Limits, Report, quiet_ffmpeg, reason
+from pipeline.decoding.container import Report, quiet_ffmpeg, reason
 from pipeline.decoding.decoder import sample_frames
 from pipeline.decoding.pixels import Resizer, to_jpeg
 from pipeline.errors import VideoError
 from pipeline.sampling import Sampling
-from pipeline.types import FrameGeometry
+from pipeline.types import DecodeLimits, FrameGeometry
 
 HEARTBEAT_SECONDS = 1.0
 
@@ -41,9 +41,10 @@ class _Parent:
         self._writer.flush()
         self._spoke = time.monotonic()
 
-    def heartbeat(self, n_decoded: int) -> None:
+    def heartbeat(self) -> None:
+        """Called for every packet, so that a long stretch without a sample is not taken for a hang."""
         if time.monotonic() - self._spoke > HEARTBEAT_SECONDS:
-            self.say(kind="alive", n_decoded=n_decoded)
+            self.say(kind="alive")
 
     def job(self) -> dict[str, Any]:
         """Waits for the next job; ends the process when the parent is gone."""
@@ -73,19 +74,19 @@ class _Parent:
 
 def _work(parent: _Parent, memory: mmap.mmap, job: dict[str, Any], settings: dict[str, Any], resizer: Resizer) -> None:
     """Decodes one video into the slots."""
-    report = Report()
-    sampling, limits = Sampling(**settings["sampling"]), Limits(**settings["limits"])
+    report = Report(alive=parent.heartbeat)
+    sampling, limits = Sampling(**settings["sampling"]), DecodeLimits(**settings["limits"])
     started, cpu = time.monotonic(), time.process_time()
     path = os.fsdecode(bytes.fromhex(job["path"]))
     try:
         for seconds, frame in sample_frames(path, sampling, report, limits):
             pixels = resizer(frame, report.pixel_aspect)
-            data = to_jpeg(pixels) if settings["jpeg"] else pixels.data
+            data = to_jpeg(pixels) if settings["jpeg"] else pixels.data.cast("B")
             slot = parent.slot()
-            size = len(data) if settings["jpeg"] else pixels.nbytes
+            size = len(data)
             start = slot * settings["slot_bytes"]
-            memory[start : start + size] = data if settings["jpeg"] else pixels.tobytes()
-            parent.say(kind="frame", slot=slot, size=size, seconds=seconds, n_decoded=report.n_decoded)
+            memory[start : start + size] = data
+            parent.say(kind="frame", slot=slot, size=size, seconds=seconds)
         outcome: dict[str, Any] = {"kind": "done"}
     except VideoError as error:
         outcome = {"kind": "failed", "code": error.code, "message": error.message}
