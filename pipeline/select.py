@@ -1,0 +1,231 @@
+"""FineCo frame selection: every sampled frame gets a score, the K highest are kept, their mean is the video's vector.
+
+The FineCo paper (arXiv 2210.05039) says that the frames most informative for the text are the positives; METHOD.md
+section 1 fixes the exact form and section 2 says where the text comes from.
+
+    METHOD.md                              here
+    h_1..h_T   tokens of the video         `h`, the features (T, D), unit rows
+    z_t        text embedding              `z`, one row of `text_vectors` (M, D), unit rows
+    s_i        <h_i, z_t>, the cosine      `s` (T,): over several texts, the highest of each frame. The temperature is
+                                           left out: it is positive, so it changes no order
+    K          max(1, ceil(ratio * T))     `n_kept(keep, T)`
+    P, N       positives, negatives        `kept`, `~kept`
+    selectors  caption, topics, uniform,   the functions of those names
+               all
+
+Everything is float32 on one video alone, so a video's selection never depends on which others are in the run.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UsageError
+from pipeline.types import Float32, FrameFeatures, Selection, TimedText, VideoEmbedding, check_shape, check_unit_rows
+
+SELECTORS = ("caption", "topics", "uniform", "all")
+
+PAD_SECONDS = 1.0
+# On both sides of a cue: subtitles appear with the speech and are gone before what they name has left the picture, and
+# at the default of 1 frame/s it lets a cue shorter than a second still meet the frame before it and the one after it.
+
+LEAST_COSINE = -1.0  # the score of a frame that no text speaks of: below every frame that one does
+
+SHORTEST_MEAN = 1e-5  # a mean of unit vectors shorter than this is rounding noise without a direction
+
+RATIO_SLACK = 1e-9  # 0.1 * 30 is 3.0000000000000004 in binary; without this its ceiling would be 4
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """How many frames to keep: a share of them (`ratio`, in (0, 1]) or a number (`count`, 1 or more); never both."""
+
+    ratio: float | None = None
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.ratio is None) == (self.count is None):
+            raise ValueError("a ratio or a count, one of the two")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise UsageError(
+                f"cannot keep a share of {self.ratio:g} of the frames: a ratio lies above 0 and up to 1.0",
+                "write 0.25 for a quarter of the frames, or a whole number such as 8 for a count",
+            )
+        if self.count is not None and self.count < 1:
+            raise UsageError(
+                f"cannot keep {self.count} frames of a video: a count is 1 or more",
+                "write a whole number such as 8, or 0.25 for a quarter of the frames",
+            )
+
+
+def parse_keep(text: str) -> Keep:
+    """Reads `0.25` as a ratio and `8` as a count: a whole number is a count, a number with a point is a ratio.
+
+    So `1` keeps one frame and `1.0` keeps all of them.
+
+    Raises:
+        UsageError: It is neither, or out of range.
+    """
+    text = text.strip()
+    if re.fullmatch(r"-?[0-9]{1,9}", text):
+        return Keep(count=int(text))
+    if re.fullmatch(r"-?([0-9]+\.[0-9]*|\.[0-9]+)", text):
+        return Keep(ratio=float(text))
+    raise UsageError(
+        f"cannot read {text!r} as how many frames to keep",
+        "write 0.25 for a quarter of the frames, or a whole number such as 8 for a count",
+    )
+
+
+def n_kept(keep: Keep, n_frames: int) -> int:
+    """K of METHOD.md for T = `n_frames` >= 1: max(1, ceil(ratio * T)), or the count where there are as many."""
+    if keep.ratio is not None:
+        return max(1, math.ceil(keep.ratio * n_frames - RATIO_SLACK))
+    return min(keep.count or 1, n_frames)
+
+
+def select_frames(
+    features: FrameFeatures,
+    selector: str,
+    keep: Keep,
+    texts: Sequence[TimedText] = (),
+    text_vectors: Float32 | None = None,
+) -> Selection:
+    """Scores the frames of one video and keeps some.
+
+    Args:
+        selector: One of `SELECTORS`.
+        keep: How many; `all` does not look at it.
+        texts: The video's own texts for `caption`; the user's list for `topics` (spans are ignored there).
+        text_vectors: (M, D) float32 unit rows, one for each text; None where there are no texts.
+
+    Returns:
+        The selection. It names `uniform` when `caption` found no text for this video.
+
+    Raises:
+        UsageError: Unknown selector, or `topics` without a topic.
+        ValueError: Texts and vectors do not fit each other or the features.
+    """
+    h = features.features
+    if text_vectors is None:
+        text_vectors = np.empty((0, h.shape[1]), np.float32)
+    check_shape("text_vectors", text_vectors, (len(texts), h.shape[1]), np.float32)
+    if len(texts):
+        check_unit_rows("text_vectors", text_vectors)
+    if selector == "caption":
+        return caption(features, keep, texts, text_vectors)
+    if selector == "topics":
+        return topics(h, keep, text_vectors)
+    if selector == "uniform":
+        return uniform(len(h), keep)
+    if selector == "all":
+        return Selection(np.zeros(len(h), np.float32), np.ones(len(h), np.bool_), "all")
+    raise UsageError(f"unknown selector {selector!r}", f"choose one of {', '.join(SELECTORS)}")
+
+
+def caption(features: FrameFeatures, keep: Keep, texts: Sequence[TimedText], text_vectors: Float32) -> Selection:
+    """The paper's setting: each text of the video keeps its K best frames, and their union is kept.
+
+    A text with a span scores only the frames inside it. A count is a budget for the whole video: where the union is
+    larger, each text's best frame goes first, then the highest scores.
+    """
+    h = features.features
+    s = np.full(len(h), LEAST_COSINE, np.float32)
+    kept = np.zeros(len(h), np.bool_)
+    best_of_a_text = np.zeros(len(h), np.bool_)
+    for text, z in zip(texts, text_vectors, strict=True):
+        inside = frames_of(text, features)
+        s_text = cosines(h[inside], z)
+        if len(s_text) == 0:
+            continue
+        s[inside] = np.maximum(s[inside], s_text)
+        positives = inside.start + best_first(s_text)[: n_kept(keep, len(s_text))]
+        kept[positives] = True
+        best_of_a_text[positives[0]] = True
+    if not kept.any():
+        return uniform(len(h), keep)
+    if keep.count is not None and kept.sum() > keep.count:
+        frames = np.flatnonzero(kept)
+        # the last key decides first; frames equal in both stay in order of time
+        order = np.lexsort((-s[frames], ~best_of_a_text[frames]))
+        kept[frames[order[keep.count :]]] = False
+    return Selection(s, kept, "caption")
+
+
+def topics(h: Float32, keep: Keep, text_vectors: Float32) -> Selection:
+    """Each frame is scored by the topic it shows best; the K best frames are kept."""
+    if len(text_vectors) == 0:
+        raise UsageError("the selector 'topics' needs at least one topic", "give a file with one topic on each line")
+    s = np.einsum("td,md->tm", h, text_vectors).max(axis=1)
+    kept = np.zeros(len(h), np.bool_)
+    kept[best_first(s)[: n_kept(keep, len(h))]] = True
+    return Selection(s, kept, "topics")
+
+
+def uniform(n_frames: int, keep: Keep) -> Selection:
+    """The control: the middles of K equal parts of the T frames, floor((i + 1/2) * T / K)."""
+    n = n_kept(keep, n_frames)
+    kept = np.zeros(n_frames, np.bool_)
+    kept[(2 * np.arange(n) + 1) * n_frames // (2 * n)] = True  # in whole numbers, so no rounding moves a frame
+    return Selection(np.zeros(n_frames, np.float32), kept, "uniform")
+
+
+def frames_of(text: TimedText, features: FrameFeatures) -> slice:
+    """The frames a text speaks of: those whose [pts, pts + span) meets its own span, padded; all without a span."""
+    if text.start_seconds is None or text.end_seconds is None:
+        return slice(0, len(features.features))
+    pts = features.pts_seconds  # in order, so the frames are one run
+    first = int(np.searchsorted(pts + features.span_seconds, text.start_seconds - PAD_SECONDS, side="right"))
+    end = int(np.searchsorted(pts, text.end_seconds + PAD_SECONDS, side="right"))
+    return slice(first, end)
+
+
+def cosines(h: Float32, z: Float32) -> Float32:
+    """s_i = <h_i, z> for unit rows `h` (T, D) and a unit vector `z` (D,).
+
+    By einsum and not by BLAS: measured as fast, and equal rows get equal scores wherever they stand, which BLAS does
+    not promise (two of 37 copies of one row differed in the last bit). A still video has thousands of equal frames.
+    """
+    scores: Float32 = np.einsum("td,d->t", h, z)
+    return scores
+
+
+def best_first(s: Float32) -> NDArray[np.intp]:
+    """Positions from the highest score to the lowest; of equal scores, the earlier frame first."""
+    return np.argsort(-s, kind="stable")
+
+
+def pool(h: Float32, s: Float32) -> Float32:
+    """The video's vector: the L2-normalised mean of the kept rows `h` (K, D), with their scores `s` (K,).
+
+    Rows that cancel each other have no mean direction; then the best-scored row stands for the video.
+    """
+    mean = h.mean(axis=0, dtype=np.float32)
+    norm = np.linalg.norm(mean)
+    if norm < SHORTEST_MEAN:
+        mean = h[np.argmax(s)]
+        norm = np.linalg.norm(mean)
+    vector: Float32 = mean / norm
+    return vector
+
+
+def embed_video(features: FrameFeatures, selection: Selection) -> VideoEmbedding:
+    """What the store, the index and the search need of the video: the pooled vector and the kept frames."""
+    check_shape("kept", selection.kept, (len(features.features),), np.bool_)
+    h, s = features.features[selection.kept], selection.scores[selection.kept]
+    return VideoEmbedding(
+        video_id=features.video_id,
+        vector=pool(h, s),
+        features=h,
+        pts_seconds=features.pts_seconds[selection.kept],
+        scores=s,
+        span_seconds=features.span_seconds,
+        n_frames=len(selection.kept),
+        selector=selection.selector,
+    )
