@@ -232,7 +232,7 @@ class Outcome:
 
     video_id: str
     path: str
-    status: Literal["ok", "skipped", "failed"]
+    status: Literal["ok", "skipped", "failed", "removed"]
     stage: str
     code: str = ""
     message: str = ""

@@ -40,7 +40,7 @@ def open_video(path: str, limits: DecodeLimits) -> tuple[Any, Any]:
     """Opens the container and its one video stream, hardened. Returns (container, stream)."""
     try:
         container = av.open(
-            os.path.abspath(path),  # noqa: PTH100 - a name such as "http://..." or "-" must become a path
+            os.path.abspath(path),  # a name such as "http://..." or "-" becomes a path
             options={"protocol_whitelist": "file", "format_whitelist": CONTAINERS},
             metadata_errors="replace",
             timeout=(30, 30),

@@ -1,0 +1,163 @@
+"""What a collection is made with: options of a command against what the collection already says.
+
+An option that is not given takes the collection's value; one that is given and differs is an error naming the field and
+both values. So the same command resumes, and a shorter one does too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.base import EncoderSpec
+from pipeline.collection import Collection
+from pipeline.errors import UsageError
+from pipeline.sampling import Sampling
+from pipeline.select import Keep, parse_keep
+
+DEFAULT_SAMPLING = Sampling("fps", 1.0)
+DEFAULT_SELECTOR = "caption"
+DEFAULT_KEEP = "0.25"
+DEFAULT_FRAME_SIZE = 336  # short side of frames that `decode` stores: enough for the common encoders up to 336 pixels
+NEW_COLLECTION = "Use another collection folder (-c), or leave the option out to go on with what this one has."
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedOptions:
+    """What decides the features. None: not given."""
+
+    sampling: Sampling | None = None
+    model: str | None = None
+    precision: str | None = None
+    exact_resize: bool | None = None
+    frame_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SelectOptions:
+    """What decides which frames are kept. None: not given."""
+
+    selector: str | None = None
+    keep: str | None = None
+    topics: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionPlan:
+    """A selector with its settings, and the name of its folder in `embeddings/`."""
+
+    selector: str
+    keep: Keep
+    topics: tuple[str, ...]
+    name: str
+    content: dict[str, Any]
+
+
+def sampling_of(config: dict[str, Any]) -> Sampling:
+    """The sampling a collection was made with."""
+    return Sampling(config["sampling"]["mode"], config["sampling"]["value"])
+
+
+def merge_config(recorded: dict[str, Any], options: EmbedOptions) -> dict[str, Any]:
+    """The collection's configuration with the options taken in.
+
+    Raises:
+        UsageError: An option differs from what the collection was made with.
+    """
+    sampling = options.sampling
+    if "sampling" in recorded and sampling is not None and sampling != sampling_of(recorded):
+        _refuse("sampling", sampling_of(recorded).describe(), sampling.describe())
+    given = {
+        "sampling": None if sampling is None else {"mode": sampling.mode, "value": sampling.value},
+        "model": options.model,
+        "precision": options.precision if options.precision != "auto" else None,
+        "exact_resize": options.exact_resize,
+        "frame_size": options.frame_size,
+    }
+    merged = dict(recorded)
+    for field, value in given.items():
+        if value is None:
+            continue
+        if field in recorded and recorded[field] != value:
+            _refuse(field, recorded[field], value)
+        merged[field] = value
+    merged.setdefault("sampling", {"mode": DEFAULT_SAMPLING.mode, "value": DEFAULT_SAMPLING.value})
+    return merged
+
+
+def _refuse(field: str, recorded: object, given: object) -> None:
+    raise UsageError(f"{field}: this collection was made with {recorded}, the command says {given}", NEW_COLLECTION)
+
+
+def check_encoder(collection: Collection, spec: EncoderSpec, precision: str) -> None:
+    """Raises UsageError unless the collection's features come from this very encoder."""
+    recorded = collection.encoder
+    if recorded is None:
+        return
+    if recorded["fingerprint"] != spec.fingerprint:
+        raise UsageError(
+            f"encoder: this collection was made with {recorded['name']} ({recorded['fingerprint'][:12]}), "
+            f"the command has {spec.name} ({spec.fingerprint[:12]})",
+            "Vectors of two encoders cannot be compared. Use the encoder of the collection, or another folder (-c).",
+        )
+    if recorded["precision"] != precision:
+        _refuse("precision", recorded["precision"], precision)
+
+
+def plan_selection(collection: Collection, options: SelectOptions, change: bool) -> SelectionPlan:
+    """The selection a command means.
+
+    Args:
+        change: `select` may choose another one than is in use; `run` and `index` may not.
+
+    Raises:
+        UsageError: Options that do not go together, or that differ from the selection in use.
+    """
+    name = collection.current_selection()
+    recorded = collection.selection(name) if name else {}
+    selector = options.selector or recorded.get("selector") or DEFAULT_SELECTOR
+    same = selector == recorded.get("selector")
+    keep = options.keep or (recorded.get("keep") if same else None) or DEFAULT_KEEP
+    topics = options.topics if options.topics is not None else tuple(recorded.get("topics", ()) if same else ())
+    if selector == "topics" and not topics:
+        raise UsageError("selector topics needs a list of texts", "Give a file with one text a line: --topics FILE.")
+    if topics and selector != "topics":
+        raise UsageError(f"--topics goes with --selector topics, not {selector}")
+    content = {"selector": selector, "keep": keep, "topics": list(topics)}
+    if recorded and recorded != content and not change:
+        field = next(f for f in content if recorded.get(f) != content[f])
+        raise UsageError(
+            f"{field}: the selection in use was made with {recorded.get(field)}, the command says {content[field]}",
+            f"Choose frames anew, without decoding or embedding, with 'fineco select -c {collection.folder}'.",
+        )
+    plan_name = selector if selector == "all" else f"{selector}-{keep}"
+    if topics:
+        plan_name += "-" + hashlib.sha256("\n".join(topics).encode()).hexdigest()[:8]
+    return SelectionPlan(selector, parse_keep(keep), topics, plan_name, content)
+
+
+def read_lines(path: Path, what: str) -> tuple[str, ...]:
+    """The non-empty lines of a text file.
+
+    Raises:
+        UsageError: It cannot be read, is not text, or has none.
+    """
+    try:
+        text = path.read_text("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}", f"Give a text file with one {what} a line.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text", f"Give a text file with one {what} a line.") from error
+    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not lines:
+        raise UsageError(f"{path}: no {what} in it", f"Give a text file with one {what} a line.")
+    return lines
+
+
+def describe_texts(texts: Sequence[str], limit: int = 3) -> str:
+    """A few texts for a line of the log."""
+    shown = ", ".join(repr(text) for text in texts[:limit])
+    return shown + (f" and {len(texts) - limit} more" if len(texts) > limit else "")

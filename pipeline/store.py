@@ -1,0 +1,364 @@
+"""HDF5 shards: the one home of h5py.
+
+A shard is written once and never changed: built in memory, then written as bytes through `files.write_file` (temporary
+name, fsync, rename), so that a full disk is an ordinary error and not a damaged file (FAULTS.md section 1). Datasets
+are contiguous, ragged rows lie end to end with offsets. The reader trusts nothing: fixed names, hard links only, no
+external or virtual storage, expected types and ranks, and no more bytes than the file has.
+
+    frames/N.h5                  what `decode` leaves: the sampled frames as JPEG
+    features/N.h5                what `embed` leaves: features of every sampled frame, float16
+    embeddings/SELECTION/N.h5    what `select` leaves: kept frames, their scores, the pooled vector
+    index/GENERATION/videos.h5   what `index` leaves beside the vectors: where each id's rows are
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, TypeVar
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import IntegrityError
+from pipeline.files import FileRecord, write_bytes
+from pipeline.types import Float32, Float64, FrameFeatures, UInt8, VideoEmbedding
+
+SCHEMA_VERSION = 1
+ID_BYTES = 128  # a manifest's longest id
+CONTENT_BYTES = 32
+
+Array = NDArray[Any]
+Made = TypeVar("Made")
+# name -> (dtype, rank). Lengths: V videos, M rows of all of them, D dimensions; offsets have V + 1 entries.
+Schema = Mapping[str, tuple[str, int]]
+
+_VIDEOS: dict[str, tuple[str, int]] = {
+    "video_ids": (f"S{ID_BYTES}", 1),
+    "contents": (f"S{CONTENT_BYTES}", 1),
+    "offsets": ("<i8", 1),
+    "pts_seconds": ("<f8", 1),
+    "span_seconds": ("<f8", 1),
+    "duration_seconds": ("<f8", 1),
+}
+FRAMES: Schema = {**_VIDEOS, "jpeg": ("|u1", 1), "jpeg_offsets": ("<i8", 1)}
+FEATURES: Schema = {**_VIDEOS, "features": ("<f2", 2)}
+EMBEDDINGS: Schema = {
+    **_VIDEOS,
+    "features": ("<f2", 2),
+    "scores": ("<f4", 1),
+    "vectors": ("<f4", 2),
+    "n_frames": ("<i8", 1),
+    "selectors": ("S16", 1),
+}
+LOOKUP: Schema = {
+    "ids": ("<i8", 1),
+    "shards": ("<i4", 1),
+    "rows": ("<i4", 1),
+    "paths": ("|u1", 1),
+    "path_offsets": ("<i8", 1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVideo:
+    """What every shard says of a video besides its rows."""
+
+    video_id: str
+    content: str
+    duration_seconds: float
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class StoredFrames:
+    """Sampled frames of one video as JPEGs, with their times and what one of them covers."""
+
+    video: StoredVideo
+    jpegs: Sequence[bytes]
+    pts_seconds: Float64
+    span_seconds: float
+
+
+def round_features(features: Float32) -> Float32:
+    """What the store keeps of (N, D) unit rows: float16, read back as float32. Selection runs on these, so that a
+    selection made while streaming and one made later from the files are the same."""
+    return features.astype(np.float16).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def write_shard(path: Path, kind: str, schema: Schema, arrays: Mapping[str, Array]) -> FileRecord:
+    """Writes arrays as one file, whole or absent.
+
+    Raises:
+        FinecoError: The disk refuses; nothing is left under the name.
+    """
+    with h5py.File(path.name, "w", driver="core", backing_store=False, libver="v110", track_order=True) as file:
+        file.attrs["kind"] = kind
+        file.attrs["schema"] = SCHEMA_VERSION
+        for name, (dtype, _) in schema.items():
+            file.create_dataset(name, data=np.ascontiguousarray(arrays[name], dtype=dtype), track_times=False)
+        file.flush()
+        image = file.id.get_file_image()
+    return write_bytes(path, image)
+
+
+def _video_arrays(videos: Sequence[StoredVideo], times: Sequence[Float64], spans: Sequence[float]) -> dict[str, Array]:
+    return {
+        "video_ids": np.array([v.video_id.encode() for v in videos], dtype=f"S{ID_BYTES}"),
+        "contents": np.array([v.content.encode() for v in videos], dtype=f"S{CONTENT_BYTES}"),
+        "offsets": _offsets([len(t) for t in times]),
+        "pts_seconds": np.concatenate([np.asarray(t, np.float64) for t in times]),
+        "span_seconds": np.array(spans, np.float64),
+        "duration_seconds": np.array([v.duration_seconds for v in videos], np.float64),
+    }
+
+
+def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def write_frames(path: Path, rows: Sequence[StoredFrames]) -> FileRecord:
+    """Writes the frames of one or more videos."""
+    jpegs = [jpeg for row in rows for jpeg in row.jpegs]
+    arrays = _video_arrays([r.video for r in rows], [r.pts_seconds for r in rows], [r.span_seconds for r in rows])
+    arrays["jpeg"] = np.frombuffer(b"".join(jpegs), np.uint8)
+    arrays["jpeg_offsets"] = _offsets([len(jpeg) for jpeg in jpegs])
+    return write_shard(path, "frames", FRAMES, arrays)
+
+
+def write_features(path: Path, rows: Sequence[tuple[StoredVideo, FrameFeatures]]) -> FileRecord:
+    """Writes the features of one or more videos."""
+    features = [f for _, f in rows]
+    arrays = _video_arrays([v for v, _ in rows], [f.pts_seconds for f in features], [f.span_seconds for f in features])
+    arrays["features"] = np.concatenate([f.features for f in features]).astype(np.float16)
+    return write_shard(path, "features", FEATURES, arrays)
+
+
+def write_embeddings(path: Path, rows: Sequence[tuple[StoredVideo, VideoEmbedding]]) -> FileRecord:
+    """Writes the selection and the pooled vector of one or more videos."""
+    embeddings = [e for _, e in rows]
+    arrays = _video_arrays(
+        [v for v, _ in rows], [e.pts_seconds for e in embeddings], [e.span_seconds for e in embeddings]
+    )
+    arrays["features"] = np.concatenate([e.features for e in embeddings]).astype(np.float16)
+    arrays["scores"] = np.concatenate([e.scores for e in embeddings])
+    arrays["vectors"] = np.stack([e.vector for e in embeddings])
+    arrays["n_frames"] = np.array([e.n_frames for e in embeddings], np.int64)
+    arrays["selectors"] = np.array([e.selector.encode() for e in embeddings], "S16")
+    return write_shard(path, "embeddings", EMBEDDINGS, arrays)
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+class Shard:
+    """A shard opened for reading; use as a context manager.
+
+    Raises:
+        IntegrityError: The file is not what its kind prescribes. Its digest is for the caller to check.
+    """
+
+    kind: ClassVar[str]
+    schema: ClassVar[Schema]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = h5py.File(path, "r", locking=False)
+        except OSError as error:
+            raise IntegrityError(f"{path}: not a readable HDF5 file ({error})", "Run 'fineco verify'.") from error
+        try:
+            self._datasets = self._check()
+            self._read_videos()
+        except (KeyError, ValueError, OSError, RuntimeError, IndexError) as error:
+            self._file.close()
+            raise IntegrityError(f"{path}: {error}", "Run 'fineco verify' on the collection.") from error
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _check(self) -> dict[str, Any]:
+        """The datasets by name, after everything about them that could be a lie or a trap was looked at."""
+        if self._file.attrs.get("kind") != self.kind or self._file.attrs.get("schema") != SCHEMA_VERSION:
+            raise ValueError(f"not a {self.kind} shard of schema {SCHEMA_VERSION}")
+        size = self.path.stat().st_size
+        datasets = {}
+        for name, (dtype, rank) in self.schema.items():
+            if not isinstance(self._file.get(name, getlink=True), h5py.HardLink):
+                raise ValueError(f"{name} is missing or a link to elsewhere")
+            dataset = self._file[name]
+            if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external is not None:
+                raise ValueError(f"{name} is not a plain dataset")
+            if dataset.chunks is not None or dataset.dtype != np.dtype(dtype) or dataset.ndim != rank:
+                raise ValueError(f"{name} is {dataset.dtype} of rank {dataset.ndim}, expected {dtype} of rank {rank}")
+            if dataset.size * dataset.dtype.itemsize > size:
+                raise ValueError(f"{name} claims {dataset.shape}, more than the file holds")
+            datasets[name] = dataset
+        return datasets
+
+    def _read_videos(self) -> None:
+        """Reads what is small, and checks that lengths and offsets fit each other."""
+        get = self._datasets
+        self.offsets: NDArray[np.int64] = get["offsets"][:]
+        n_videos = len(self.offsets) - 1
+        self.video_ids = [x.decode("ascii") for x in get["video_ids"][:].tolist()]
+        self.contents = [x.decode("ascii") for x in get["contents"][:].tolist()]
+        self.spans: Float64 = get["span_seconds"][:]
+        self.durations: Float64 = get["duration_seconds"][:]
+        if {len(x) for x in (self.video_ids, self.contents, self.spans, self.durations)} != {n_videos}:
+            raise ValueError("columns of different lengths")
+        _check_offsets("offsets", self.offsets, len(get["pts_seconds"]))
+
+    def __len__(self) -> int:
+        return len(self.video_ids)
+
+    def video(self, row: int) -> StoredVideo:
+        """Identity and length of the video in a row."""
+        return StoredVideo(self.video_ids[row], self.contents[row], float(self.durations[row]))
+
+    def _slice(self, row: int) -> slice:
+        return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+
+    def _make(self, row: int, make: Callable[[], Made]) -> Made:
+        """Calls `make`; what it objects to is damage in this file."""
+        try:
+            return make()
+        except (ValueError, OSError) as error:
+            raise IntegrityError(
+                f"{self.path}: video {self.video_ids[row]}: {error}", "Run 'fineco verify'."
+            ) from error
+
+
+def _check_offsets(name: str, offsets: NDArray[np.int64], end: int) -> None:
+    if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != end or np.any(np.diff(offsets) < 0):
+        raise ValueError(f"{name} do not fit the rows")
+
+
+class FramesShard(Shard):
+    """Sampled frames as `decode` left them."""
+
+    kind, schema = "frames", FRAMES
+
+    def _read_videos(self) -> None:
+        super()._read_videos()
+        self._jpeg_offsets: NDArray[np.int64] = self._datasets["jpeg_offsets"][:]
+        _check_offsets("jpeg_offsets", self._jpeg_offsets, len(self._datasets["jpeg"]))
+        if len(self._jpeg_offsets) != self.offsets[-1] + 1:
+            raise ValueError("jpeg_offsets do not fit the frames")
+
+    def frames(self, row: int) -> StoredFrames:
+        """The frames of one video."""
+        where = self._slice(row)
+        ends = self._jpeg_offsets[where.start : where.stop + 1]
+        data: UInt8 = self._datasets["jpeg"][int(ends[0]) : int(ends[-1])]
+        jpegs = [data[a - ends[0] : b - ends[0]].tobytes() for a, b in pairwise(ends)]
+        return StoredFrames(self.video(row), jpegs, self._datasets["pts_seconds"][where], float(self.spans[row]))
+
+
+class FeaturesShard(Shard):
+    """Features of every sampled frame."""
+
+    kind, schema = "features", FEATURES
+
+    def features(self, row: int) -> FrameFeatures:
+        """The features of one video, float32."""
+        where, get = self._slice(row), self._datasets
+        return self._make(
+            row,
+            lambda: FrameFeatures(
+                self.video_ids[row],
+                get["features"][where].astype(np.float32),
+                get["pts_seconds"][where],
+                float(self.spans[row]),
+            ),
+        )
+
+
+class EmbeddingsShard(Shard):
+    """Kept frames and pooled vectors of one selection."""
+
+    kind, schema = "embeddings", EMBEDDINGS
+
+    def vectors(self) -> Float32:
+        """(V, D) pooled unit vectors."""
+        vectors: Float32 = self._datasets["vectors"][:]
+        return vectors
+
+    def embedding(self, row: int) -> VideoEmbedding:
+        """Everything the store has of one video."""
+        where, get = self._slice(row), self._datasets
+        return self._make(
+            row,
+            lambda: VideoEmbedding(
+                self.video_ids[row],
+                get["vectors"][row],
+                get["features"][where].astype(np.float32),
+                get["pts_seconds"][where],
+                get["scores"][where],
+                float(self.spans[row]),
+                int(get["n_frames"][row]),
+                get["selectors"][row].decode("ascii"),
+            ),
+        )
+
+
+class Lookup(Shard):
+    """For each id of an index: which shard and row hold its video, and its path. Sorted by id."""
+
+    kind, schema = "lookup", LOOKUP
+
+    def _read_videos(self) -> None:
+        self._ids: NDArray[np.int64] = self._datasets["ids"][:]
+        if np.any(np.diff(self._ids) <= 0):
+            raise ValueError("ids are not sorted and unique")
+        if {len(self._datasets[x]) for x in ("shards", "rows")} != {len(self._ids)}:
+            raise ValueError("columns of different lengths")
+        if len(self._datasets["path_offsets"]) != len(self._ids) + 1:
+            raise ValueError("path_offsets do not fit the ids")
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def find(self, identifier: int) -> tuple[int, int, str]:
+        """(shard number, row, path) of an id.
+
+        Raises:
+            IntegrityError: The index holds an id that this file does not.
+        """
+        at = int(np.searchsorted(self._ids, identifier))
+        if at == len(self._ids) or self._ids[at] != identifier:
+            raise IntegrityError(f"{self.path}: no id {identifier}, which the index holds", "Run 'fineco index'.")
+        start, stop = self._datasets["path_offsets"][at : at + 2].tolist()
+        path = bytes(self._datasets["paths"][start:stop]).decode("utf-8", "surrogateescape")
+        return int(self._datasets["shards"][at]), int(self._datasets["rows"][at]), path
+
+
+def write_lookup(path: Path, rows: Sequence[tuple[int, int, int, str]]) -> FileRecord:
+    """Writes (id, shard number, row, path) of every video of an index."""
+    ordered = sorted(rows)
+    paths = [row[3].encode("utf-8", "surrogateescape") for row in ordered]
+    arrays: dict[str, Array] = {
+        "ids": np.array([row[0] for row in ordered], np.int64),
+        "shards": np.array([row[1] for row in ordered], np.int32),
+        "rows": np.array([row[2] for row in ordered], np.int32),
+        "paths": np.frombuffer(b"".join(paths), np.uint8),
+        "path_offsets": _offsets([len(p) for p in paths]),
+    }
+    return write_shard(path, "lookup", LOOKUP, arrays)
