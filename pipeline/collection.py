@@ -113,7 +113,7 @@ class State:
         known: path -> size, times and content as last seen.
         places: kind of data (`frames`, `features`, `embeddings/NAME`) -> video id -> where it is.
         paths: video id -> path of its last row that says ok.
-        n_commits: How many commits were merged.
+        texts: video id -> hash of its texts, to see when a sidecar changes.
         last_number: Of the last commit.
     """
 
@@ -121,6 +121,7 @@ class State:
     known: dict[str, Known] = field(default_factory=dict)
     places: dict[str, dict[str, Place]] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, int] = field(default_factory=dict)
     last_number: int = 0
 
     def merge(self, commit: Commit) -> None:
@@ -133,11 +134,25 @@ class State:
                 self.known[outcome.path] = Known(row.size_bytes, row.mtime_ns, row.ctime_ns, row.content)
             if outcome.status == "ok":
                 self.paths[outcome.video_id] = outcome.path
+                texts = _texts_hash(row.texts)
+                if self.texts.get(outcome.video_id, texts) != texts:
+                    self._forget_captions(outcome.video_id)
+                self.texts[outcome.video_id] = texts
                 for kind in kinds:
                     self.places.setdefault(kind, {})[outcome.video_id] = Place(commit.number, row.content)
             elif outcome.status == "removed":
                 self.paths.pop(outcome.video_id, None)
         self.last_number = max(self.last_number, commit.number)
+
+    def _forget_captions(self, video_id: str) -> None:
+        """What was selected by a video's texts is to be selected anew when they change."""
+        for kind, places in self.places.items():
+            if kind.startswith(f"{EMBEDDINGS}/caption"):
+                places.pop(video_id, None)
+
+    def texts_changed(self, video: Video) -> bool:
+        """Whether a finished video has other texts now than when it was last written down."""
+        return self.texts.get(video.video_id) != _texts_hash(video.texts)
 
     def has(self, kind: str, video: Video) -> bool:
         """Whether data of this kind exists for this very content."""
@@ -372,6 +387,11 @@ class Writer:
         self.records.update(written)
         self.state.merge(Commit(number, stage, written, list(rows)))
         return number
+
+
+def _texts_hash(texts: tuple[TimedText, ...]) -> int:
+    content = json.dumps([[t.text, t.start_seconds, t.end_seconds] for t in texts]).encode()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
 
 
 def _json(value: Any) -> bytes:

@@ -15,6 +15,7 @@ import selectors
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -173,6 +174,7 @@ class DecodePool:
     ) -> None:
         width = 4 * geometry.height if geometry.resize == "bound" else geometry.width
         slot_bytes = geometry.height * width * 3 + (4096 if jpeg else 0)
+        self.geometry = geometry
         self._stall_seconds = limits.stall_seconds
         self._shape = None if jpeg else (geometry.height, geometry.width, 3)
         self._settings = {
@@ -205,10 +207,10 @@ class DecodePool:
         self._workers.clear()
         self._selector.close()
 
-    def decode(self, videos: Iterable[Video]) -> Iterator[DecodeEvent]:
+    def decode(self, videos: Iterable[Video], stop: threading.Event) -> Iterator[DecodeEvent]:
         """Decodes the videos, as many at a time as there are workers; events of different videos interleave.
 
-        A frame's `data` is valid only until the next event is asked for; that is also what frees its slot.
+        Ends early, within a second, when `stop` is set. A frame's `data` is valid only until the next event is asked for; that is also what frees its slot.
 
         Raises:
             FinecoError: Workers cannot be started.
@@ -216,7 +218,7 @@ class DecodePool:
         waiting = iter(videos)
         alone: deque[Video] = deque()
         more = True
-        while True:
+        while not stop.is_set():
             for worker in [w for w in self._workers if w.job is None]:
                 if not more:
                     break

@@ -45,3 +45,11 @@ class VideoError(Exception):
         self.code = code
         self.message = message
         self.stage = stage
+
+
+class Interrupted(FinecoError):
+    """Ctrl-C (exit code 130) or SIGTERM (143); what was finished is kept."""
+
+    def __init__(self, signal_number: int, command: str) -> None:
+        super().__init__("stopped; what was finished is kept", f"Go on with: {command}")
+        self.exit_code = 128 + signal_number

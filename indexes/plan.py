@@ -1,0 +1,110 @@
+"""Which FAISS index for how many vectors and how much memory; `benchmarks/index_sizes.py` measures the choices."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+from pipeline.errors import UsageError
+
+FLAT_LIMIT = 100_000  # exact search of so many takes some 36 ms a query on 2 cores (512 dimensions); beyond, IVF
+LEAST_IVF = 4_000  # below, cells are too few and too empty to be trained
+VECTORS_PER_CELL = 39  # FAISS warns below so many training vectors a cell
+TRAIN_PER_CELL = 64
+MAX_TRAIN = 1_000_000
+MEMORY_SHARE = 0.5  # of what is available, when nothing is said
+KINDS = ("auto", "flat", "ivf")
+
+
+@dataclass(frozen=True, slots=True)
+class IndexPlan:
+    """What will be built.
+
+    Attributes:
+        factory: FAISS's name of the index, without the id map.
+        n_bytes: What it will take, on disk and when searched.
+        nlist, nprobe: Cells, and how many are looked into at first (0 for flat).
+        n_train: Vectors to train on.
+        expected_recall: Recall@10 against exact search to expect; None where it depends on the data too much to say.
+        reason: Why this one, in a phrase.
+    """
+
+    factory: str
+    n_vectors: int
+    dim: int
+    n_bytes: int
+    nlist: int
+    nprobe: int
+    n_train: int
+    expected_recall: float | None
+    reason: str
+
+    def describe(self) -> str:
+        """The line printed before building."""
+        recall = "exact" if self.expected_recall == 1.0 else f"recall@10 about {self.expected_recall:g}, to be measured"
+        cells = f", {self.nlist} cells" if self.nlist else ""
+        size = f"{self.n_bytes / 1e6:.1f} MB" if self.n_bytes < 1e9 else f"{self.n_bytes / 1e9:.2f} GB"
+        return f"Index plan: {self.factory} of {self.n_vectors} x {self.dim}{cells}, {size}, {recall} ({self.reason})"
+
+
+def plan_index(n_vectors: int, dim: int, memory_bytes: int | None = None, kind: str = "auto") -> IndexPlan:
+    """Chooses an index.
+
+    Args:
+        memory_bytes: What it may take; None: half of what is available now.
+        kind: `auto`, or `flat` or `ivf` by the user's wish.
+
+    Raises:
+        UsageError: Unknown kind, or too few vectors for IVF.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"unknown index kind {kind!r}", f"Choose one of {', '.join(KINDS)}.")
+    budget = memory_bytes if memory_bytes is not None else int(_available_bytes() * MEMORY_SHARE)
+    if kind == "ivf" and n_vectors < LEAST_IVF:
+        raise UsageError(f"an IVF index needs at least {LEAST_IVF} videos, there are {n_vectors}", "Use --kind flat.")
+    flat_bytes = n_vectors * (4 * dim + 8)
+    if kind == "flat" or (kind == "auto" and n_vectors < LEAST_IVF):
+        return IndexPlan("Flat", n_vectors, dim, flat_bytes, 0, 0, 0, 1.0, "as asked" if kind == "flat" else "small")
+    if kind == "auto" and n_vectors <= FLAT_LIMIT and flat_bytes <= budget:
+        return IndexPlan("Flat", n_vectors, dim, flat_bytes, 0, 0, 0, 1.0, "exact and fast enough")
+    nlist = _cells(n_vectors)
+    n_train = min(n_vectors, MAX_TRAIN, TRAIN_PER_CELL * nlist)
+    overhead = nlist * 4 * dim + 8 * n_vectors
+    nprobe = max(8, nlist // 64)
+    code = _largest_divisor(dim, 64)
+    choices = [
+        (f"IVF{nlist},Flat", 4 * dim, 0.98, "fits the memory"),
+        (f"IVF{nlist},SQ8", dim, 0.97, "a byte a dimension, to fit the memory"),
+        (f"IVF{nlist},PQ{code}", code, None, "compressed, to fit the memory"),
+    ]
+    for factory, vector_bytes, recall, reason in choices:  # noqa: B007 - used after the loop
+        n_bytes = overhead + n_vectors * vector_bytes
+        if n_bytes <= budget:
+            break
+    else:
+        reason = "the smallest there is, though over the memory budget"
+    return IndexPlan(factory, n_vectors, dim, n_bytes, nlist, nprobe, n_train, recall, reason)
+
+
+def _cells(n_vectors: int) -> int:
+    """About 4 sqrt(n) cells, a power of two, and enough vectors to train each."""
+    wanted = 2 ** round(math.log2(4 * math.sqrt(n_vectors)))
+    return int(max(16, min(wanted, 2 ** int(math.log2(n_vectors / VECTORS_PER_CELL)))))
+
+
+def _largest_divisor(dim: int, most: int) -> int:
+    """Bytes of a PQ code: a divisor of the dimension."""
+    return max(n for n in range(1, most + 1) if dim % n == 0)
+
+
+def _available_bytes() -> int:
+    """Memory that is free for use now."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,1 @@
+"""The small encoder that ships with fineco: it knows rendered shapes and nothing else."""

@@ -1,0 +1,275 @@
+"""What the commands do, as functions: the command line is a thin skin over these, and so is a user's own script."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.base import Encoder
+from pipeline.catalog import find_videos
+from pipeline.collection import Collection, Writer, this_command
+from pipeline.config import (
+    DEFAULT_FRAME_SIZE,
+    EmbedOptions,
+    SelectionPlan,
+    SelectOptions,
+    check_encoder,
+    merge_config,
+    plan_selection,
+    sampling_of,
+)
+from pipeline.decode import DecodePool
+from pipeline.errors import UsageError
+from pipeline.progress import Progress
+from pipeline.reselect import count_unselected, select_stored
+from pipeline.run import Interrupts, Selecting, Summary, decode_videos, default_workers, run_videos, start_pool
+from pipeline.todo import Todo
+from pipeline.types import DecodeLimits, FrameGeometry
+
+CPU_BATCH, GPU_BATCH = 32, 256  # frames; a CPU gains nothing beyond (SPEED.md)
+
+
+def say_on_stderr(line: str) -> None:
+    """Where the commands' notes go unless the caller has a better place."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """How the work is done, which changes no result: processes, device, limits, and where messages go."""
+
+    device: str = "auto"
+    workers: int | None = None
+    batch_size: int | None = None
+    limits: DecodeLimits = field(default_factory=DecodeLimits)
+    quiet: bool = False
+    say: Callable[[str], None] = say_on_stderr
+
+    def progress(self) -> Progress:
+        return Progress(quiet=self.quiet)
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Which videos: files, folders, patterns; and a manifest."""
+
+    sources: Sequence[str] = ()
+    manifest: Path | None = None
+    retry_failed: bool = False
+
+    def check(self) -> None:
+        """Raises UsageError for a source that is not there, before anything is loaded or made."""
+        find_videos(self.sources, self.manifest)
+
+    def __bool__(self) -> bool:
+        return bool(self.sources or self.manifest)
+
+
+class _EncoderOnDemand:
+    """The collection's encoder, loaded when first needed: a command with nothing to do does not wait for it."""
+
+    def __init__(
+        self, config: dict[str, Any], collection: Collection | None, machine: Machine, given: Encoder | None
+    ) -> None:
+        self._config, self._collection, self._machine, self._encoder = config, collection, machine, given
+        self._told = False
+
+    def __call__(self) -> Encoder:
+        if self._encoder is None:
+            from models.registry import load_encoder
+
+            name = self._config["model"]
+            self._encoder = load_encoder(name, self._machine.device, self._config.get("precision", "auto"))
+        if not self._told:
+            self._told = True
+            if self._collection is not None:
+                check_encoder(self._collection, self._encoder.spec, self._encoder.precision)
+            self._machine.say(f"Encoder {self._encoder.spec.name} on {self._encoder.device}, {self._encoder.precision}")
+        return self._encoder
+
+
+def run(
+    folder: Path,
+    sources: Sources,
+    embed: EmbedOptions = EmbedOptions(),
+    select: SelectOptions = SelectOptions(),
+    machine: Machine = Machine(),
+    index_kind: str = "auto",
+    encoder: Encoder | None = None,
+) -> Summary:
+    """Decodes, embeds and selects what is new, and builds the index: the whole job.
+
+    Args:
+        folder: The collection; made if it is not there.
+        encoder: Instead of the one that `embed.model` names.
+
+    Returns:
+        What was done; `any_failed` says whether a video failed.
+
+    Raises:
+        UsageError: A wrong path, option or model, or a collection made otherwise. Nothing is changed.
+        Interrupted: After Ctrl-C; what was finished is kept.
+        FinecoError: The run cannot go on; what was finished is kept.
+    """
+    return _stream(folder, sources, embed, machine, encoder, select, index_kind)
+
+
+def embed(
+    folder: Path,
+    sources: Sources,
+    options: EmbedOptions = EmbedOptions(),
+    machine: Machine = Machine(),
+    encoder: Encoder | None = None,
+) -> Summary:
+    """Computes features of what is new: from `frames/` where `decode` left them, else from the videos.
+
+    Without sources, of every video in `frames/`. Raises as `run`.
+    """
+    return _stream(folder, sources, options, machine, encoder, None, "")
+
+
+def _stream(
+    folder: Path,
+    sources: Sources,
+    options: EmbedOptions,
+    machine: Machine,
+    encoder: Encoder | None,
+    select: SelectOptions | None,
+    index_kind: str,
+) -> Summary:
+    from models.registry import DEFAULT_MODEL
+
+    collection = Collection(folder) if Collection.exists(folder) else None
+    if sources or collection is None:
+        sources.check()
+    config = merge_config(collection.config if collection else {}, options)
+    config.setdefault("model", encoder.spec.name if encoder else options.model or DEFAULT_MODEL)
+    config.setdefault("exact_resize", False)
+    plan_check = None if select is None or collection is None else plan_selection(collection, select, change=False)
+    get_encoder = _EncoderOnDemand(config, collection, machine, encoder)
+    if collection is None:
+        get_encoder()  # a model that cannot be had must not leave a folder behind
+        collection = Collection.create(folder, config)
+    plan = None if select is None else plan_check or plan_selection(collection, select, change=False)
+    with Interrupts() as interrupts, collection.writing(this_command()) as writer:
+        todo = _todo(writer, sources, "features", machine)
+        if plan is not None:
+            collection.use_selection(plan.name, plan.content)
+        summary = Summary(todo.counts)
+        if todo.counts.to_do:
+            loaded = get_encoder()
+            config["precision"] = loaded.precision
+            spec = asdict(loaded.spec)
+            record = {
+                "name": loaded.spec.name,
+                "fingerprint": loaded.spec.fingerprint,
+                "precision": loaded.precision,
+                "spec": spec,
+            }
+            if (collection.config, collection.encoder) != (config, record):
+                collection.update(config, record)
+            pool = start_pool(
+                machine.workers or default_workers(),
+                sampling_of(config),
+                loaded.spec.geometry,
+                config["exact_resize"],
+                machine.limits,
+            )
+            batch_size = machine.batch_size or (GPU_BATCH if loaded.device.startswith("cuda") else CPU_BATCH)
+            selecting = Selecting(plan, loaded) if plan else None
+            with pool, machine.progress() as progress:
+                summary = run_videos(writer, todo, loaded, selecting, pool, batch_size, progress, interrupts)
+        if plan is not None:
+            _select_missing(writer, plan, get_encoder, machine, interrupts)
+            _index(writer, index_kind, None, machine)
+    return summary
+
+
+def _todo(writer: Writer, sources: Sources, wanted: str, machine: Machine) -> Todo:
+    todo = Todo(writer, sources.sources, sources.manifest, wanted, sources.retry_failed, machine.say)
+    counts = todo.counts
+    parts = [f"{counts.to_do} to do"]
+    parts += [f"{counts.done_before} done before"] if counts.done_before else []
+    parts += [f"{counts.failed_before} failed before (--retry-failed tries again)"] if counts.failed_before else []
+    parts += [f"{counts.skipped} skipped"] if counts.skipped else []
+    parts += [f"{counts.failed_now} not readable"] if counts.failed_now else []
+    machine.say(f"{counts.found} videos found: {', '.join(parts)}")
+    return todo
+
+
+def decode(
+    folder: Path, sources: Sources, options: EmbedOptions = EmbedOptions(), machine: Machine = Machine()
+) -> Summary:
+    """Decodes what is new and stores the sampled frames as JPEG in `frames/`, for `embed`. Raises as `run`."""
+    collection = Collection(folder) if Collection.exists(folder) else None
+    sources.check()
+    config = merge_config(collection.config if collection else {}, options)
+    config.setdefault("frame_size", DEFAULT_FRAME_SIZE)
+    collection = collection or Collection.create(folder, config)
+    with Interrupts() as interrupts, collection.writing(this_command()) as writer:
+        if collection.config != config:
+            collection.update(config, collection.encoder)
+        todo = _todo(writer, sources, "frames", machine)
+        if not todo.counts.to_do:
+            return Summary(todo.counts)
+        size = config["frame_size"]
+        geometry = FrameGeometry(size, size, "bound")
+        pool = start_pool(
+            machine.workers or default_workers(), sampling_of(config), geometry, False, machine.limits, jpeg=True
+        )
+        with pool, machine.progress() as progress:
+            return decode_videos(writer, todo, pool, progress, interrupts)
+
+
+def select(
+    folder: Path, options: SelectOptions = SelectOptions(), machine: Machine = Machine(), encoder: Encoder | None = None
+) -> int:
+    """Selects frames of every stored video anew with another selector; returns for how many there was work.
+
+    Neither decodes nor embeds frames. The encoder is loaded only when there is text to encode.
+    """
+    collection = Collection(folder)
+    plan = plan_selection(collection, options, change=True)
+    with Interrupts() as interrupts, collection.writing(this_command()) as writer:
+        if not writer.state.places.get("features"):
+            raise UsageError(f"{folder} has no features to select from", "Run 'fineco run' or 'fineco embed' first.")
+        collection.use_selection(plan.name, plan.content)
+        get_encoder = _EncoderOnDemand(collection.config, collection, machine, encoder)
+        return _select_missing(writer, plan, get_encoder, machine, interrupts)
+
+
+def _select_missing(
+    writer: Writer, plan: SelectionPlan, get_encoder: _EncoderOnDemand, machine: Machine, interrupts: Interrupts
+) -> int:
+    if not count_unselected(writer, plan.name):
+        return 0
+
+    def make_selecting(any_text: bool) -> Selecting:
+        needed = plan.selector == "topics" or (plan.selector == "caption" and any_text)
+        return Selecting(plan, get_encoder() if needed else None)
+
+    with machine.progress() as progress:
+        return select_stored(writer, make_selecting, plan.name, progress, interrupts)
+
+
+def index(
+    folder: Path, kind: str = "auto", memory_bytes: int | None = None, machine: Machine = Machine(), force: bool = False
+) -> bool:
+    """Builds the index of the selection in use; returns False when it was up to date."""
+    collection = Collection(folder)
+    with Interrupts(), collection.writing(this_command()) as writer:
+        return _index(writer, kind, memory_bytes, machine, force)
+
+
+def _index(writer: Writer, kind: str, memory_bytes: int | None, machine: Machine, force: bool = False) -> bool:
+    from pipeline.indexing import build_collection_index
+
+    if not any(name.startswith("embeddings/") for name in writer.state.places):
+        machine.say("No video to index.")
+        return False
+    report = build_collection_index(writer, kind, memory_bytes, machine.say, force)
+    machine.say(report.describe() if report else "The index is up to date.")
+    return report is not None

@@ -1,0 +1,391 @@
+"""The streaming executor: videos in, features and selections out, in one pass without frames on disk.
+
+    catalog -> decoding processes -> batches -> encoder -> selection -> shards
+
+`run_videos` does it for `run` and `embed`, `decode_videos` writes frames instead. Both take up where an earlier run
+stopped, record each video's outcome, and close a shard after so many videos, so many bytes or about a minute.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from types import FrameType, TracebackType
+
+import numpy as np
+from PIL import Image
+
+from models.base import Encoder
+from pipeline import store
+from pipeline.catalog import check_unchanged
+from pipeline.collection import EMBEDDINGS, FEATURES, FRAMES, Row, Writer, this_command
+from pipeline.config import SelectionPlan
+from pipeline.decode import DecodedFrame, DecodeEvent, DecodePool, VideoDecoded, VideoFailed
+from pipeline.embed import FrameEmbedder, VideoEmbedded, encode_texts
+from pipeline.errors import Interrupted, VideoError
+from pipeline.geometry import fit_pixels
+from pipeline.progress import Progress
+from pipeline.sampling import Sampling
+from pipeline.select import embed_video, select_frames
+from pipeline.todo import Counts, Todo
+from pipeline.types import DecodeLimits, FrameFeatures, FrameGeometry, Outcome, TimedText, UInt8, Video, VideoEmbedding
+
+SHARD_VIDEOS = 1000
+SHARD_BYTES = 64 << 20
+SHARD_SECONDS = 60.0
+SKIP_CODES = frozenset({"no_video"})  # not a failure: there is nothing to index
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a run did."""
+
+    counts: Counts
+    n_ok: int = 0
+    n_failed: int = 0
+    n_skipped: int = 0
+    n_frames: int = 0
+    n_kept: int = 0
+    video_seconds: float = 0.0
+    elapsed_seconds: float = 0.0
+    selectors: Counter[str] = field(default_factory=Counter)
+    codes: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def any_failed(self) -> bool:
+        """Whether a video failed now or failed before and was not tried again."""
+        return bool(self.n_failed or self.counts.failed_now)
+
+
+class Interrupts:
+    """Turns the first Ctrl-C or SIGTERM into an event, so that the shard in progress is finished; the second one ends
+    the process at once."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.number = 0
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.stop.is_set():
+            os._exit(128 + number)
+        self.number = number
+        self.stop.set()
+
+    def check(self) -> None:
+        """Raises Interrupted once a signal has come."""
+        if self.stop.is_set():
+            raise Interrupted(self.number, this_command())
+
+
+class _Shard:
+    """Finished videos that wait to be written together."""
+
+    def __init__(self, writer: Writer, stage: str, summary: Summary, progress: Progress) -> None:
+        self._writer = writer
+        self._stage = stage
+        self._summary = summary
+        self._progress = progress
+        self._rows: list[Row] = []
+        self._frames: list[store.StoredFrames] = []
+        self._features: list[tuple[store.StoredVideo, FrameFeatures]] = []
+        self._embeddings: list[tuple[store.StoredVideo, VideoEmbedding]] = []
+        self._selection = ""
+        self._n_bytes = 0
+        self._since = 0.0
+
+    def add_frames(self, decoded: VideoDecoded, frames: store.StoredFrames) -> None:
+        self._frames.append(frames)
+        self._ok(decoded, len(frames.jpegs), sum(map(len, frames.jpegs)))
+
+    def add_features(self, decoded: VideoDecoded, features: FrameFeatures) -> None:
+        self._features.append((_stored(decoded), features))
+        self._ok(decoded, len(features.pts_seconds), features.features.nbytes // 2)
+
+    def add_embedding(self, decoded: VideoDecoded, embedding: VideoEmbedding, selection: str) -> None:
+        """Goes with `add_features` of the same video, before it."""
+        self._embeddings.append((_stored(decoded), embedding))
+        self._selection = selection
+        self._n_bytes += embedding.features.nbytes // 2
+        self._summary.n_kept += len(embedding.features)
+        self._summary.selectors[embedding.selector] += 1
+
+    def fail(self, failed: VideoFailed) -> None:
+        """Records a video that cannot be done."""
+        error = failed.error
+        skipped = error.code in SKIP_CODES
+        outcome = Outcome(
+            failed.video.video_id,
+            failed.video.path,
+            "skipped" if skipped else "failed",
+            error.stage,
+            error.code,
+            error.message,
+            failed.attempt,
+            round(failed.seconds, 3),
+        )
+        self._add(Row.of(failed.video, outcome))
+        self._summary.codes[error.code] += 1
+        if skipped:
+            self._summary.n_skipped += 1
+            self._progress.update(skipped=1)
+        else:
+            self._summary.n_failed += 1
+            self._progress.update(failures=1)
+            self._progress.note(f"failed: {failed.video.path}: {error.message} [{error.code}]")
+
+    def _ok(self, decoded: VideoDecoded, n_frames: int, n_bytes: int) -> None:
+        video = decoded.video
+        outcome = Outcome(
+            video.video_id,
+            video.path,
+            "ok",
+            self._stage,
+            attempts=decoded.attempt,
+            seconds=round(decoded.seconds, 3),
+            notes=decoded.notes,
+        )
+        self._n_bytes += n_bytes
+        self._summary.n_ok += 1
+        self._summary.n_frames += n_frames
+        self._summary.video_seconds += decoded.duration_seconds
+        self._progress.update(videos_done=1, video_seconds=decoded.duration_seconds)
+        self._add(Row.of(video, outcome, decoded.duration_seconds))
+
+    def _add(self, row: Row) -> None:
+        if not self._rows:
+            self._since = time.monotonic()
+        self._rows.append(row)
+        self.flush_if_due()
+
+    def flush_if_due(self) -> None:
+        full = len(self._rows) >= SHARD_VIDEOS or self._n_bytes >= SHARD_BYTES
+        if full or (self._rows and time.monotonic() - self._since >= SHARD_SECONDS):
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is there as one commit. Outcomes that are not ok are in no data file."""
+        if not self._rows:
+            return
+        files = []
+        if self._frames:
+            files.append((FRAMES, lambda path: store.write_frames(path, self._frames)))
+        if self._features:
+            files.append((FEATURES, lambda path: store.write_features(path, self._features)))
+        if self._embeddings:
+            kind = f"{EMBEDDINGS}/{self._selection}"
+            files.append((kind, lambda path: store.write_embeddings(path, self._embeddings)))
+        self._writer.commit(self._stage, self._rows, files)
+        self._rows, self._frames, self._features, self._embeddings = [], [], [], []
+        self._n_bytes = 0
+
+
+def _stored(decoded: VideoDecoded) -> store.StoredVideo:
+    return store.StoredVideo(decoded.video.video_id, decoded.video.content, decoded.duration_seconds)
+
+
+class Selecting:
+    """Selects frames by one plan; encodes each video's texts, and the topics once."""
+
+    def __init__(self, plan: SelectionPlan, encoder: Encoder | None) -> None:
+        self.plan = plan
+        self._encoder = encoder
+        self._topic_vectors = None
+        if plan.selector == "topics" and encoder is not None:
+            self._topic_vectors = encode_texts(encoder, list(plan.topics))
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it can encode texts."""
+        return self._encoder is not None
+
+    def select(self, features: FrameFeatures, texts: Sequence[TimedText]) -> VideoEmbedding:
+        """Scores, keeps and pools one video."""
+        plan = self.plan
+        if plan.selector == "topics":
+            topics = [TimedText(topic) for topic in plan.topics]
+            selection = select_frames(features, "topics", plan.keep, topics, self._topic_vectors)
+        elif plan.selector == "caption" and texts and self._encoder is not None:
+            vectors = encode_texts(self._encoder, [t.text for t in texts])
+            selection = select_frames(features, "caption", plan.keep, texts, vectors)
+        else:
+            selection = select_frames(features, plan.selector, plan.keep)
+        return embed_video(features, selection)
+
+
+def run_videos(
+    writer: Writer,
+    todo: Todo,
+    encoder: Encoder,
+    selecting: Selecting | None,
+    pool: DecodePool,
+    batch_size: int,
+    progress: Progress,
+    interrupts: Interrupts,
+) -> Summary:
+    """Decodes and embeds what is to do, and selects frames if `selecting`; writes shards.
+
+    Args:
+        pool: Decoding processes, started for the encoder's geometry.
+
+    Raises:
+        Interrupted: After the shard in progress was written.
+        FinecoError: The disk is full, or decoding processes do not start.
+    """
+    summary = Summary(todo.counts)
+    started = time.monotonic()
+    shard = _Shard(writer, "run" if selecting else "embed", summary, progress)
+    embedder = FrameEmbedder(encoder, batch_size)
+    progress.set_total(todo.counts.to_do)
+    try:
+        for event in embedder.embed(_frames(writer, todo, pool, interrupts.stop), interrupts.stop):
+            if isinstance(event, int):
+                progress.update(frames=event)
+                shard.flush_if_due()
+            elif isinstance(event, VideoFailed):
+                _failed(shard, event, progress)
+            else:
+                _embedded(shard, event, selecting, progress)
+        interrupts.check()
+    finally:
+        shard.flush()
+        summary.elapsed_seconds = time.monotonic() - started
+    if embedder.halved_to:
+        summary.notes.append(f"the device ran out of memory; batches of {embedder.halved_to} frames fit")
+    return summary
+
+
+def _failed(shard: _Shard, event: VideoFailed, progress: Progress) -> None:
+    if event.will_retry:
+        progress.note(f"will try again alone: {event.video.path}: {event.error.message}")
+    else:
+        shard.fail(event)
+
+
+def _changed(decoded: VideoDecoded) -> VideoFailed | None:
+    """A failure if the file changed while it was read: its frames may be of two different videos."""
+    if check_unchanged(decoded.video):
+        return None
+    error = VideoError("changed", "the file changed while it was read; run again")
+    return VideoFailed(decoded.video, decoded.attempt, error, False, decoded.seconds)
+
+
+def _embedded(shard: _Shard, event: VideoEmbedded, selecting: Selecting | None, progress: Progress) -> None:
+    changed = _changed(event.decoded)
+    if changed:
+        shard.fail(changed)
+        return
+    if selecting:
+        embedding = selecting.select(event.features, event.decoded.video.texts)
+        shard.add_embedding(event.decoded, embedding, selecting.plan.name)
+    shard.add_features(event.decoded, event.features)
+
+
+def _frames(writer: Writer, todo: Todo, pool: DecodePool, stop: threading.Event) -> Iterator[DecodeEvent]:
+    """Frames of every video to do: from `frames/` where `decode` left them, else from the video."""
+    stored = writer.state.places.get(FRAMES)
+    if not stored:
+        return pool.decode(todo.videos(), stop)
+    with_frames = (video for video in todo.videos() if writer.state.has(FRAMES, video))
+    without = (video for video in todo.videos() if not writer.state.has(FRAMES, video))
+    return chain(_stored_frames(writer, with_frames, pool.geometry), pool.decode(without, stop))
+
+
+def _stored_frames(writer: Writer, videos: Iterable[Video], geometry: FrameGeometry) -> Iterator[DecodeEvent]:
+    """Frames that `decode` left, as if they were being decoded."""
+
+    def pixels(jpeg: bytes) -> UInt8:
+        with Image.open(io.BytesIO(jpeg)) as image:
+            return fit_pixels(np.asarray(image.convert("RGB")), geometry)
+
+    opened: tuple[int, store.FramesShard, dict[str, int]] | None = None
+    try:
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+            for video in videos:
+                number = writer.state.places[FRAMES][video.video_id].commit
+                if opened is None or opened[0] != number:
+                    if opened:
+                        opened[1].close()
+                    path = writer.collection.open_file(f"{FRAMES}/{number:06d}.h5", writer.records)
+                    shard = store.FramesShard(path)
+                    opened = number, shard, {video_id: row for row, video_id in enumerate(shard.video_ids)}
+                started = time.monotonic()
+                _, shard, rows = opened
+                frames = shard.frames(rows[video.video_id])
+                for seconds, data in zip(frames.pts_seconds.tolist(), threads.map(pixels, frames.jpegs), strict=True):
+                    yield DecodedFrame(video, 1, seconds, data)
+                yield VideoDecoded(
+                    video, 1, frames.video.duration_seconds, frames.span_seconds, 0, (), time.monotonic() - started, 0.0
+                )
+    finally:
+        if opened:
+            opened[1].close()
+
+
+def decode_videos(writer: Writer, todo: Todo, pool: DecodePool, progress: Progress, interrupts: Interrupts) -> Summary:
+    """Decodes what is to do and writes the sampled frames to `frames/` as JPEG.
+
+    Raises:
+        Interrupted: After the shard in progress was written.
+    """
+    summary = Summary(todo.counts)
+    started = time.monotonic()
+    shard = _Shard(writer, "decode", summary, progress)
+    progress.set_total(todo.counts.to_do)
+    frames: dict[str, tuple[list[bytes], list[float]]] = {}
+    try:
+        for event in pool.decode(todo.videos(), interrupts.stop):
+            if isinstance(event, DecodedFrame):
+                jpegs, times = frames.setdefault(event.video.video_id, ([], []))
+                jpegs.append(event.data.tobytes())
+                times.append(event.seconds)
+                progress.update(frames=1)
+            elif isinstance(event, VideoFailed):
+                frames.pop(event.video.video_id, None)
+                _failed(shard, event, progress)
+            else:
+                jpegs, times = frames.pop(event.video.video_id)
+                changed = _changed(event)
+                if changed:
+                    shard.fail(changed)
+                else:
+                    row = store.StoredFrames(_stored(event), jpegs, np.array(times), event.span_seconds)
+                    shard.add_frames(event, row)
+        interrupts.check()
+    finally:
+        shard.flush()
+        summary.elapsed_seconds = time.monotonic() - started
+    return summary
+
+
+def start_pool(
+    n_workers: int, sampling: Sampling, geometry: FrameGeometry, exact: bool, limits: DecodeLimits, jpeg: bool = False
+) -> DecodePool:
+    """Decoding processes for an encoder's geometry."""
+    return DecodePool(n_workers, sampling, replace(geometry, exact=exact), limits, jpeg)
+
+
+def default_workers() -> int:
+    """One decoding process for each processor this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

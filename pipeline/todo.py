@@ -1,0 +1,104 @@
+"""What there is to do: the videos that the catalog finds, against what the collection already has."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.catalog import find_videos
+from pipeline.collection import Row, Writer
+from pipeline.types import Outcome, Video
+
+CATALOG_ROWS_PER_COMMIT = 10_000
+
+
+@dataclass(slots=True)
+class Counts:
+    """How many videos there are of each sort."""
+
+    found: int = 0
+    to_do: int = 0
+    done_before: int = 0
+    failed_before: int = 0
+    failed_now: int = 0
+    skipped: int = 0
+
+
+class Todo:
+    """The videos that lack one kind of data; everything else the catalog says is written down at once.
+
+    The list is kept in a temporary file: a million videos with their texts need no memory.
+
+    Args:
+        writer: The collection, locked.
+        sources, manifest: As `catalog.find_videos` takes them.
+        wanted: Kind of data that makes a video done: `frames` or `features`.
+        retry_failed: Also videos that failed in an earlier run.
+        warn: Gets a line per thing worth knowing.
+    """
+
+    def __init__(
+        self,
+        writer: Writer,
+        sources: Sequence[str],
+        manifest: Path | None,
+        wanted: str,
+        retry_failed: bool,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.counts = Counts()
+        self._writer = writer
+        self._spool = tempfile.TemporaryFile()
+        self._rows: list[Row] = []
+        for found in find_videos(sources, manifest, writer.state.known.get, warn):
+            self.counts.found += 1
+            if isinstance(found, Outcome):
+                self._problem(found)
+            elif writer.state.has(wanted, found):
+                self.counts.done_before += 1
+                self._note_changes(found)
+            elif not retry_failed and self._failed_before(found):
+                self.counts.failed_before += 1
+            else:
+                self.counts.to_do += 1
+                row = Row.of(found, Outcome(found.video_id, found.path, "ok", "catalog"))
+                self._spool.write(json.dumps(row.to_json()).encode() + b"\n")
+        self._commit()
+
+    def videos(self) -> Iterator[Video]:
+        """The videos to do, in the order in which they were found."""
+        self._spool.seek(0)
+        for line in self._spool:
+            yield Row.from_json(json.loads(line)).video()
+
+    def _problem(self, outcome: Outcome) -> None:
+        if outcome.status == "skipped":
+            self.counts.skipped += 1
+        else:
+            self.counts.failed_now += 1
+        last = self._writer.state.latest.get(outcome.path)
+        if last is None or last[2:] != (outcome.status, outcome.code):
+            self._add(Row(outcome))
+
+    def _failed_before(self, video: Video) -> bool:
+        last = self._writer.state.latest.get(video.path)
+        return last is not None and last[1] == video.video_id and last[2] in ("failed", "skipped")
+
+    def _note_changes(self, video: Video) -> None:
+        """Writes down that a finished video was moved, came back, or has other texts beside it."""
+        state = self._writer.state
+        if state.paths.get(video.video_id) != video.path or state.texts_changed(video):
+            self._add(Row.of(video, Outcome(video.video_id, video.path, "ok", "catalog")))
+
+    def _add(self, row: Row) -> None:
+        self._rows.append(replace(row, outcome=replace(row.outcome, seconds=0.0)))
+        if len(self._rows) >= CATALOG_ROWS_PER_COMMIT:
+            self._commit()
+
+    def _commit(self) -> None:
+        if self._rows:
+            self._writer.commit("catalog", self._rows, [])
+            self._rows = []
