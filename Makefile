@@ -24,7 +24,7 @@ test: .venv/.project
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 # The stamps are touched last, so a killed set-up leaves none and --clear empties what it left.
 .venv/.packages: requirements.lock
