@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from indexes.generations import current_generation
 from models.base import Encoder
 from pipeline.catalog import find_videos
-from pipeline.collection import Collection, Writer, this_command
+from pipeline.collection import INDEX, Collection, Writer, this_command
 from pipeline.config import (
     DEFAULT_FRAME_SIZE,
     EmbedOptions,
@@ -21,13 +22,12 @@ from pipeline.config import (
     plan_selection,
     sampling_of,
 )
-from pipeline.decode import DecodePool
 from pipeline.errors import UsageError
 from pipeline.progress import Progress
 from pipeline.reselect import count_unselected, select_stored
 from pipeline.run import Interrupts, Selecting, Summary, decode_videos, default_workers, run_videos, start_pool
 from pipeline.todo import Todo
-from pipeline.types import DecodeLimits, FrameGeometry
+from pipeline.types import DecodeLimits, FrameGeometry, Hit
 
 CPU_BATCH, GPU_BATCH = 32, 256  # frames; a CPU gains nothing beyond (SPEED.md)
 
@@ -273,3 +273,27 @@ def _index(writer: Writer, kind: str, memory_bytes: int | None, machine: Machine
     report = build_collection_index(writer, kind, memory_bytes, machine.say, force)
     machine.say(report.describe() if report else "The index is up to date.")
     return report is not None
+
+
+def search(
+    folder: Path,
+    queries: Sequence[str],
+    k: int = 10,
+    threshold: float | None = None,
+    rescoring: bool = True,
+    machine: Machine = Machine(),
+    encoder: Encoder | None = None,
+) -> list[list[Hit]]:
+    """The best `k` videos of a collection for each query, with their moments."""
+    from pipeline.search import Searcher
+
+    collection = Collection(folder)
+    if collection.encoder is None:
+        raise UsageError(f"{folder} has no features yet", f"Run 'fineco run VIDEOS -c {folder}'.")
+    if encoder is None:
+        current_generation(folder / INDEX)  # a missing index is said before a model is loaded
+        from models.registry import load_encoder
+
+        encoder = load_encoder(collection.config["model"], machine.device, collection.encoder["precision"])
+    with Searcher(collection, encoder) as searcher:
+        return searcher.search(queries, k, threshold, rescoring)

@@ -210,7 +210,8 @@ class DecodePool:
     def decode(self, videos: Iterable[Video], stop: threading.Event) -> Iterator[DecodeEvent]:
         """Decodes the videos, as many at a time as there are workers; events of different videos interleave.
 
-        Ends early, within a second, when `stop` is set. A frame's `data` is valid only until the next event is asked for; that is also what frees its slot.
+        Ends early, within a second, when `stop` is set. A frame's `data` is valid only until the next event is asked
+        for; that is also what frees its slot.
 
         Raises:
             FinecoError: Workers cannot be started.

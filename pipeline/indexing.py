@@ -1,4 +1,4 @@
-"""The index of a collection: which vectors go in, what is left out because its video is gone, and the lookup beside it."""
+"""The index of a collection: which vectors go in, which videos are gone, and the lookup beside the vectors."""
 
 from __future__ import annotations
 

@@ -102,3 +102,8 @@ def write_stdout(text: str) -> None:
     sys.stdout.flush()
     sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
     sys.stdout.buffer.flush()
+
+
+def to_json(content: Any) -> str:
+    """Indented JSON."""
+    return json.dumps(content, indent=2, default=str) + "\n"

@@ -1,4 +1,4 @@
-"""Selecting again from stored features, without decoding or embedding: another selector, or videos that lack a selection."""
+"""Selecting again from stored features, without decoding or embedding: another selector, or what lacks a selection."""
 
 from __future__ import annotations
 

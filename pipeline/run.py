@@ -62,8 +62,27 @@ class Summary:
 
     @property
     def any_failed(self) -> bool:
-        """Whether a video failed now or failed before and was not tried again."""
-        return bool(self.n_failed or self.counts.failed_now)
+        """Whether a video failed now, or failed before and was not tried again."""
+        return bool(self.n_failed or self.counts.failed_now or self.counts.failed_before)
+
+    def lines(self, what: str) -> list[str]:
+        """The summary at the end of a run, for a person."""
+        lines = []
+        if self.n_ok:
+            rate = self.video_seconds / self.elapsed_seconds if self.elapsed_seconds else 0.0
+            lines.append(
+                f"{self.n_ok} videos {what}: {self.n_frames} frames of {self.video_seconds / 3600:.2f} video-hours in "
+                f"{self.elapsed_seconds:.1f} s ({self.n_frames / self.elapsed_seconds:.0f} frames/s, "
+                f"{rate:.0f} video-hours per hour)"
+            )
+        if self.n_kept:
+            selectors = ", ".join(f"{n} by {selector}" for selector, n in self.selectors.most_common())
+            lines.append(f"{self.n_kept} of {self.n_frames} frames kept; videos: {selectors}")
+        if self.selectors["uniform"] and self.selectors["caption"]:
+            lines.append("videos without text of their own were sampled uniformly")
+        if self.codes:
+            lines.append("not done: " + ", ".join(f"{n} {code}" for code, n in self.codes.most_common()))
+        return [*lines, *self.notes]
 
 
 class Interrupts:

@@ -13,6 +13,7 @@ external or virtual storage, expected types and ranks, and no more bytes than th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -176,7 +177,7 @@ class Shard:
         try:
             self._datasets = self._check()
             self._read_videos()
-        except (KeyError, ValueError, OSError, RuntimeError, IndexError) as error:
+        except (KeyError, ValueError, TypeError, OSError, RuntimeError) as error:  # h5py raises any of them
             self._file.close()
             raise IntegrityError(f"{path}: {error}", "Run 'fineco verify' on the collection.") from error
         except BaseException:
@@ -208,7 +209,7 @@ class Shard:
                 raise ValueError(f"{name} is not a plain dataset")
             if dataset.chunks is not None or dataset.dtype != np.dtype(dtype) or dataset.ndim != rank:
                 raise ValueError(f"{name} is {dataset.dtype} of rank {dataset.ndim}, expected {dtype} of rank {rank}")
-            if dataset.size * dataset.dtype.itemsize > size:
+            if math.prod(dataset.shape) * dataset.dtype.itemsize > size:  # not dataset.size, which can overflow
                 raise ValueError(f"{name} claims {dataset.shape}, more than the file holds")
             datasets[name] = dataset
         return datasets
@@ -225,6 +226,15 @@ class Shard:
         if {len(x) for x in (self.video_ids, self.contents, self.spans, self.durations)} != {n_videos}:
             raise ValueError("columns of different lengths")
         _check_offsets("offsets", self.offsets, len(get["pts_seconds"]))
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        """Checks that what only some kinds of shard have is as long as the rest."""
+
+    def _check_length(self, expected: int, *names: str) -> None:
+        for name in names:
+            if len(self._datasets[name]) != expected:
+                raise ValueError(f"{name} has {len(self._datasets[name])} rows, expected {expected}")
 
     def __len__(self) -> int:
         return len(self.video_ids)
@@ -247,7 +257,8 @@ class Shard:
 
 
 def _check_offsets(name: str, offsets: NDArray[np.int64], end: int) -> None:
-    if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != end or np.any(np.diff(offsets) < 0):
+    falls = np.any(offsets[1:] < offsets[:-1])  # compared, not subtracted: a difference of int64 can overflow
+    if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != end or falls:
         raise ValueError(f"{name} do not fit the rows")
 
 
@@ -256,8 +267,7 @@ class FramesShard(Shard):
 
     kind, schema = "frames", FRAMES
 
-    def _read_videos(self) -> None:
-        super()._read_videos()
+    def _check_lengths(self) -> None:
         self._jpeg_offsets: NDArray[np.int64] = self._datasets["jpeg_offsets"][:]
         _check_offsets("jpeg_offsets", self._jpeg_offsets, len(self._datasets["jpeg"]))
         if len(self._jpeg_offsets) != self.offsets[-1] + 1:
@@ -277,6 +287,9 @@ class FeaturesShard(Shard):
 
     kind, schema = "features", FEATURES
 
+    def _check_lengths(self) -> None:
+        self._check_length(int(self.offsets[-1]), "features")
+
     def features(self, row: int) -> FrameFeatures:
         """The features of one video, float32."""
         where, get = self._slice(row), self._datasets
@@ -295,6 +308,10 @@ class EmbeddingsShard(Shard):
     """Kept frames and pooled vectors of one selection."""
 
     kind, schema = "embeddings", EMBEDDINGS
+
+    def _check_lengths(self) -> None:
+        self._check_length(int(self.offsets[-1]), "features", "scores")
+        self._check_length(len(self), "vectors", "n_frames", "selectors")
 
     def vectors(self) -> Float32:
         """(V, D) pooled unit vectors."""
@@ -326,12 +343,12 @@ class Lookup(Shard):
 
     def _read_videos(self) -> None:
         self._ids: NDArray[np.int64] = self._datasets["ids"][:]
-        if np.any(np.diff(self._ids) <= 0):
+        if np.any(self._ids[1:] <= self._ids[:-1]):
             raise ValueError("ids are not sorted and unique")
-        if {len(self._datasets[x]) for x in ("shards", "rows")} != {len(self._ids)}:
-            raise ValueError("columns of different lengths")
-        if len(self._datasets["path_offsets"]) != len(self._ids) + 1:
-            raise ValueError("path_offsets do not fit the ids")
+        self._check_length(len(self._ids), "shards", "rows")
+        self._check_length(len(self._ids) + 1, "path_offsets")
+        self._path_offsets: NDArray[np.int64] = self._datasets["path_offsets"][:]
+        _check_offsets("path_offsets", self._path_offsets, len(self._datasets["paths"]))
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -345,7 +362,7 @@ class Lookup(Shard):
         at = int(np.searchsorted(self._ids, identifier))
         if at == len(self._ids) or self._ids[at] != identifier:
             raise IntegrityError(f"{self.path}: no id {identifier}, which the index holds", "Run 'fineco index'.")
-        start, stop = self._datasets["path_offsets"][at : at + 2].tolist()
+        start, stop = self._path_offsets[at : at + 2].tolist()
         path = bytes(self._datasets["paths"][start:stop]).decode("utf-8", "surrogateescape")
         return int(self._datasets["shards"][at]), int(self._datasets["rows"][at]), path
 

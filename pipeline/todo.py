@@ -60,8 +60,11 @@ class Todo:
             elif writer.state.has(wanted, found):
                 self.counts.done_before += 1
                 self._note_changes(found)
-            elif not retry_failed and self._failed_before(found):
-                self.counts.failed_before += 1
+            elif not retry_failed and (last := self._given_up(found)):
+                if last == "skipped":
+                    self.counts.skipped += 1
+                else:
+                    self.counts.failed_before += 1
             else:
                 self.counts.to_do += 1
                 row = Row.of(found, Outcome(found.video_id, found.path, "ok", "catalog"))
@@ -83,9 +86,12 @@ class Todo:
         if last is None or last[2:] != (outcome.status, outcome.code):
             self._add(Row(outcome))
 
-    def _failed_before(self, video: Video) -> bool:
+    def _given_up(self, video: Video) -> str | None:
+        """`failed` or `skipped` when that is what an earlier run made of this very content."""
         last = self._writer.state.latest.get(video.path)
-        return last is not None and last[1] == video.video_id and last[2] in ("failed", "skipped")
+        known = self._writer.state.known.get(video.path)
+        same = last is not None and known is not None and known.content == video.content
+        return last[2] if same and last and last[2] in ("failed", "skipped") else None
 
     def _note_changes(self, video: Video) -> None:
         """Writes down that a finished video was moved, came back, or has other texts beside it."""
