@@ -5,6 +5,7 @@ After any process death a final name holds a complete file (FAULTS.md: 125 of 12
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -39,12 +40,12 @@ def check_file(path: Path, record: FileRecord, full: bool = True) -> None:
     """Raises IntegrityError unless the file has the recorded length and, if `full`, the recorded digest."""
     try:
         size = path.stat().st_size
+        if size != record.size_bytes:
+            raise IntegrityError(f"{path}: {size} bytes, its record says {record.size_bytes}")
+        if full and sha256_of(path) != record.sha256:
+            raise IntegrityError(f"{path}: its bytes changed since it was written (SHA-256 differs from the record)")
     except OSError as error:
         raise IntegrityError(f"{path}: {error.strerror or error}", "Run 'fineco verify' on the collection.") from error
-    if size != record.size_bytes:
-        raise IntegrityError(f"{path}: {size} bytes, its record says {record.size_bytes}")
-    if full and sha256_of(path) != record.sha256:
-        raise IntegrityError(f"{path}: its bytes changed since it was written (SHA-256 differs from the record)")
 
 
 def fsync_folder(folder: Path) -> None:
@@ -72,15 +73,20 @@ def write_file(path: Path, write: Callable[[Path], None]) -> FileRecord:
         os.replace(temporary, path)
         fsync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise FinecoError(
             f"cannot write {path}: {error.strerror or error}",
             "Free some space or choose another collection folder; the same command then continues.",
         ) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise
     return record
+
+
+def _discard(temporary: Path) -> None:
+    with contextlib.suppress(OSError):  # a read-only disk refuses even to remove what is not there
+        temporary.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> FileRecord:

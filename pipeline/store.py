@@ -13,7 +13,6 @@ external or virtual storage, expected types and ranks, and no more bytes than th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -209,7 +208,7 @@ class Shard:
                 raise ValueError(f"{name} is not a plain dataset")
             if dataset.chunks is not None or dataset.dtype != np.dtype(dtype) or dataset.ndim != rank:
                 raise ValueError(f"{name} is {dataset.dtype} of rank {dataset.ndim}, expected {dtype} of rank {rank}")
-            if math.prod(dataset.shape) * dataset.dtype.itemsize > size:  # not dataset.size, which can overflow
+            if dataset.size * dataset.dtype.itemsize > size:
                 raise ValueError(f"{name} claims {dataset.shape}, more than the file holds")
             datasets[name] = dataset
         return datasets
