@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from pipeline import catalog
 from pipeline.catalog import Known, check_unchanged, content_digest, find_videos
 from pipeline.errors import FinecoError, UsageError, VideoError
+from pipeline.sources import VIDEO_EXTENSIONS
 from pipeline.types import Outcome, TimedText, Video
 
 
@@ -66,8 +67,8 @@ def test_a_folder_is_searched_to_the_bottom_in_order(tmp_path: Path) -> None:
 
 def test_no_playlist_and_no_image_is_a_video() -> None:
     refused = {".m3u8", ".m3u", ".mpd", ".sdp", ".ffconcat", ".pls", ".jpg", ".png", ".mp3", ".m4a", ".jsonl", ".csv"}
-    assert not refused & catalog.VIDEO_EXTENSIONS
-    assert all(extension[0] == "." and extension == extension.lower() for extension in catalog.VIDEO_EXTENSIONS)
+    assert not refused & VIDEO_EXTENSIONS
+    assert all(extension[0] == "." and extension == extension.lower() for extension in VIDEO_EXTENSIONS)
 
 
 def test_a_named_file_is_taken_whatever_its_extension(tmp_path: Path) -> None:
@@ -472,7 +473,7 @@ def test_paths_whose_hashes_collide_are_all_found(tmp_path: Path, monkeypatch: p
     for name in ("a.mp4", "b.mp4", "c.mp4"):
         make(tmp_path / name)
     manifest = make(tmp_path / "m.csv", "path,caption\na.mp4,x\nb.mp4,y\na.mp4,z\nc.mp4,w\n")
-    monkeypatch.setattr(catalog, "hash", lambda text: 1, raising=False)
+    monkeypatch.setattr("pipeline.manifest.hash", lambda text: 1, raising=False)
     texts = {Path(v.path).name: [t.text for t in v.texts] for v in find(manifest) if isinstance(v, Video)}
     assert texts == {"a.mp4": ["x", "z"], "b.mp4": ["y"], "c.mp4": ["w"]}
 
