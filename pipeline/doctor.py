@@ -23,7 +23,6 @@ from models.device import cpu_multiplies_bf16, cpu_name
 from models.registry import DEFAULT_MODEL
 
 PROBE_SECONDS = 120.0  # importing torch from a cold network disk takes most of a minute
-SHARED_MEMORY_BYTES = 256 << 20  # frames travel from the decode workers in /dev/shm; Docker grants 64 MiB
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -108,7 +107,6 @@ def examine(folder: Path = Path(), probe: Callable[[str], Facts] | None = None) 
         *_faiss(facts["faiss"], bool(stack.get("devices"))),
         _library("h5py", facts["h5py"], lambda f: f"{f['version']}, HDF5 {f['hdf5']}"),
         *_models(stack),
-        _shared_memory(Path("/dev/shm")),
         _locking(folder),
     ]
 
@@ -227,18 +225,6 @@ def _models(facts: Facts) -> list[Finding]:
         cure = "It is downloaded at its first use; offline use --model builtin or --model open_clip:local-dir:FOLDER."
         findings.append(Finding("default model", f"{DEFAULT_MODEL} is not in the hub cache", "note", cure))
     return findings
-
-
-def _shared_memory(folder: Path) -> Finding:
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError:
-        return Finding(str(folder), "none on this system")
-    if free < SHARED_MEMORY_BYTES:
-        needed = SHARED_MEMORY_BYTES >> 20
-        cure = f"Decoding wants {needed} MiB there. In Docker: docker run --shm-size=2g; else remount it larger."
-        return Finding(str(folder), f"{free / 2**20:.0f} MiB free", "problem", cure)
-    return Finding(str(folder), f"{free / 2**30:.1f} GiB free")
 
 
 def _locking(folder: Path) -> Finding:

@@ -39,7 +39,6 @@ def a_good_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "models" / "builtin").mkdir(parents=True)
     (tmp_path / "models" / "builtin" / "model.safetensors").touch()
     monkeypatch.setattr(doctor, "_ROOT", tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=8 << 30))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.chdir(tmp_path)
     _installed(monkeypatch, "faiss-gpu", "torchvision", "torch", "av", "open-clip-torch")
@@ -141,13 +140,6 @@ def test_the_default_model_not_at_hand_is_a_note_with_the_way_offline() -> None:
 def test_missing_builtin_weights_are_a_problem(tmp_path: Path) -> None:
     (tmp_path / "models" / "builtin" / "model.safetensors").unlink()
     assert [problem.topic for problem in problems(_examine())] == ["model builtin"]
-
-
-def test_little_shared_memory_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=64 << 20))
-    (problem,) = problems(_examine())
-    assert (problem.topic, problem.value) == ("/dev/shm", "64 MiB free")
-    assert "--shm-size" in problem.cure
 
 
 def test_a_disk_without_locks_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
