@@ -3,7 +3,7 @@
     kitchen/
       collection.json            configuration and encoder
       .lock                      held by the one writer; names it
-      outcomes/000001.jsonl      commits, in order: the files each one brought, and a row for every video in it
+      outcomes/000001.jsonl      commits, in order: a digest, the files each one brought, a row for every video in it
       frames/ features/ embeddings/SELECTION/   000001.h5, named after the commit that brought them
       embeddings/CURRENT         the selection in use
       index/                     generations (see indexes.generations)
@@ -14,6 +14,7 @@ removed by the next writer, so that every video is either wholly in the collecti
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -109,10 +110,10 @@ class State:
     """The merged commits: the last word on every path, and on every video that has data.
 
     Attributes:
-        latest: path -> (commit number, video id, status, code): the last row of each path.
+        latest: path -> (commit number, video id, status, code): the last row of a path; none where one was moved from.
         known: path -> size, times and content as last seen.
         places: kind of data (`frames`, `features`, `embeddings/NAME`) -> video id -> where it is.
-        paths: video id -> path of its last row that says ok.
+        paths: video id -> where it was last found; not of a video that is gone or has another in its place.
         texts: video id -> hash of its texts, to see when a sidecar changes.
         last_number: Of the last commit.
     """
@@ -129,20 +130,34 @@ class State:
         kinds = [name.rpartition("/")[0] for name in commit.files]
         for row in commit.rows:
             outcome = row.outcome
-            self.latest[outcome.path] = (commit.number, outcome.video_id, outcome.status, outcome.code)
-            if row.content:
-                self.known[outcome.path] = Known(row.size_bytes, row.mtime_ns, row.ctime_ns, row.content)
+            if outcome.stage != "select":  # which works from features, and has not looked where the file is now
+                self._see(commit.number, row)
             if outcome.status == "ok":
-                self.paths[outcome.video_id] = outcome.path
                 texts = _texts_hash(row.texts)
                 if self.texts.get(outcome.video_id, texts) != texts:
                     self._forget_captions(outcome.video_id)
                 self.texts[outcome.video_id] = texts
                 for kind in kinds:
                     self.places.setdefault(kind, {})[outcome.video_id] = Place(commit.number, row.content)
-            elif outcome.status == "removed":
-                self.paths.pop(outcome.video_id, None)
         self.last_number = max(self.last_number, commit.number)
+
+    def _see(self, number: int, row: Row) -> None:
+        """Takes in what a row says of its path: which video is there, if any, and how it fared."""
+        outcome = row.outcome
+        before = self.latest.get(outcome.path)
+        other = before is not None and before[1] != outcome.video_id and (row.content or outcome.status == "skipped")
+        if before and other and self.paths.get(before[1]) == outcome.path:
+            del self.paths[before[1]]  # another video lies where that one was
+        self.latest[outcome.path] = (number, outcome.video_id, outcome.status, outcome.code)
+        if row.content:
+            self.known[outcome.path] = Known(row.size_bytes, row.mtime_ns, row.ctime_ns, row.content)
+        if outcome.status == "ok":
+            earlier = self.paths.get(outcome.video_id, outcome.path)
+            if earlier != outcome.path and self.latest.get(earlier, (0, ""))[1] == outcome.video_id:
+                del self.latest[earlier]  # it was moved from there
+            self.paths[outcome.video_id] = outcome.path
+        elif outcome.status == "removed" and self.paths.get(outcome.video_id) == outcome.path:
+            del self.paths[outcome.video_id]
 
     def _forget_captions(self, video_id: str) -> None:
         """What was selected by a video's texts is to be selected anew when they change."""
@@ -183,10 +198,15 @@ class Collection:
             ) from None
         except (OSError, ValueError) as error:
             raise IntegrityError(f"{path}: {error}") from error
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA_VERSION:
+        if (
+            not isinstance(content, dict)
+            or content.get("schema") != SCHEMA_VERSION
+            or not isinstance(content.get("config"), dict)
+            or not isinstance(content.get("encoder"), dict | None)
+        ):
             raise IntegrityError(f"{path}: not the configuration of a collection of schema {SCHEMA_VERSION}")
         self.config: dict[str, Any] = content["config"]
-        self.encoder: dict[str, Any] | None = content["encoder"]
+        self.encoder: dict[str, Any] | None = content.get("encoder")
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -194,12 +214,13 @@ class Collection:
 
     @classmethod
     def create(cls, folder: Path, config: dict[str, Any]) -> Collection:
-        """Makes an empty collection; the folder may exist but must be empty or hold nothing but a collection's lock.
+        """Makes an empty collection; the folder may exist but must be empty, or hold what a dead process left of one.
 
         Raises:
             UsageError: The folder holds other files.
         """
-        if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {LOCK_FILE}):
+        ours = {LOCK_FILE, CONFIG_FILE + TEMPORARY_SUFFIX}
+        if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - ours):
             raise UsageError(
                 f"{folder} exists and is not a collection", "Choose a new or empty folder for the collection."
             )
@@ -225,12 +246,15 @@ class Collection:
         """
         path = self.folder / OUTCOMES / f"{number:06d}.jsonl"
         try:
-            head, _, body = path.read_bytes().partition(b"\n")
+            digest, _, body = path.read_bytes().partition(b"\n")
+            if json.loads(digest) != {"sha256": hashlib.sha256(body).hexdigest()}:
+                raise ValueError("its lines changed since they were written (SHA-256 differs)")
+            head, *lines = body.splitlines()
             header = json.loads(head)
-            if hashlib.sha256(body).hexdigest() != header["rows_sha256"]:
-                raise ValueError("its rows changed since they were written (SHA-256 differs)")
+            if header["schema"] != SCHEMA_VERSION:
+                raise ValueError(f"schema {header['schema']}, expected {SCHEMA_VERSION}")
             files = {name: FileRecord(**record) for name, record in header["files"].items()}
-            rows = [Row.from_json(json.loads(line)) for line in body.splitlines()]
+            rows = [Row.from_json(json.loads(line)) for line in lines]
             return Commit(number, header["stage"], files, rows)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise IntegrityError(
@@ -238,8 +262,12 @@ class Collection:
             ) from error
 
     def commits(self) -> Iterator[Commit]:
-        """Every commit, in order."""
-        for number in self.commit_numbers():
+        """Every commit, in order.
+
+        Raises:
+            IntegrityError: One is damaged or missing: its data files must not be taken for debris.
+        """
+        for number in range(1, max(self.commit_numbers(), default=0) + 1):
             yield self.read_commit(number)
 
     def state(self) -> State:
@@ -261,10 +289,13 @@ class Collection:
 
     def current_selection(self) -> str | None:
         """Name of the selection in use; None before the first."""
+        path = self.folder / EMBEDDINGS / CURRENT
         try:
-            return (self.folder / EMBEDDINGS / CURRENT).read_text("utf-8").strip()
+            return path.read_text("utf-8").strip()
         except FileNotFoundError:
             return None
+        except (OSError, ValueError) as error:
+            raise IntegrityError(f"{path}: {error}") from error
 
     def selection(self, name: str) -> dict[str, Any]:
         """What a selection was made with: selector, keep, topics."""
@@ -315,14 +346,16 @@ class Lock:
             raise FinecoError(f"cannot lock {self._path}: {error.strerror or error}") from error
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         holder = f"'{self._command}' (process {os.getpid()} on {socket.gethostname()}, since {started})\n"
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, holder.encode("utf-8", "replace"), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, only its message is lost
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, holder.encode("utf-8", "replace"), 0)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        os.ftruncate(self._descriptor, 0)
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
 
 
@@ -375,15 +408,14 @@ class Writer:
         folder = self.collection.folder
         records = {f"{kind}/{number:06d}.h5": write for kind, write in files}
         written = {name: write(folder / name) for name, write in records.items()}
-        body = b"".join(_json(row.to_json()) for row in rows)
         header = {
             "schema": SCHEMA_VERSION,
             "stage": stage,
             "files": {name: asdict(record) for name, record in written.items()},
-            "n_rows": len(rows),
-            "rows_sha256": hashlib.sha256(body).hexdigest(),
         }
-        write_bytes(folder / OUTCOMES / f"{number:06d}.jsonl", _json(header) + body)
+        body = b"".join([_json(header), *(_json(row.to_json()) for row in rows)])
+        digest = _json({"sha256": hashlib.sha256(body).hexdigest()})
+        write_bytes(folder / OUTCOMES / f"{number:06d}.jsonl", digest + body)
         self.records.update(written)
         self.state.merge(Commit(number, stage, written, list(rows)))
         return number
