@@ -409,7 +409,8 @@ def demo(context: Context, folder: Path, videos: int, seed: int, workers: int | 
     """Render videos, run the whole pipeline on them with the built-in encoder, search them, and measure the answers."""
     from pipeline.demo import run_demo
 
-    run_demo(folder, videos, seed, _machine(context, "cpu", workers=workers))
+    if not run_demo(folder, videos, seed, _machine(context, "cpu", workers=workers)):
+        sys.exit(1)
 
 
 def main() -> None:

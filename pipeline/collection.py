@@ -169,6 +169,18 @@ class State:
         """Whether a finished video has other texts now than when it was last written down."""
         return self.texts.get(video.video_id) != _texts_hash(video.texts)
 
+    def indexable(self, selection: str) -> dict[str, int]:
+        """Videos of a selection whose file was there when last looked for -> the commit that has their embedding."""
+        places = self.places.get(f"{EMBEDDINGS}/{selection}", {})
+        return {v: place.commit for v, place in places.items() if v in self.paths}
+
+    def index_content(self, selection: str) -> str:
+        """Digest of what an index of a selection holds: two equal ones need no new index."""
+        digest = hashlib.sha256()
+        for video_id, commit in sorted(self.indexable(selection).items()):
+            digest.update(os.fsencode(f"{video_id} {commit} {self.paths[video_id]}\0"))
+        return digest.hexdigest()
+
     def has(self, kind: str, video: Video) -> bool:
         """Whether data of this kind exists for this very content."""
         place = self.places.get(kind, {}).get(video.video_id)

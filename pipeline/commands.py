@@ -75,19 +75,18 @@ class _EncoderOnDemand:
         self, config: dict[str, Any], collection: Collection | None, machine: Machine, given: Encoder | None
     ) -> None:
         self._config, self._collection, self._machine, self._encoder = config, collection, machine, given
-        self._told = False
 
     def __call__(self) -> Encoder:
         if self._encoder is None:
+            from models.device import device_summary
             from models.registry import load_encoder
 
             name = self._config["model"]
             self._encoder = load_encoder(name, self._machine.device, self._config.get("precision", "auto"))
-        if not self._told:
-            self._told = True
-            if self._collection is not None:
-                check_encoder(self._collection, self._encoder.spec, self._encoder.precision)
-            self._machine.say(f"Encoder {self._encoder.spec.name} on {self._encoder.device}, {self._encoder.precision}")
+            where = device_summary(self._encoder.device, self._encoder.precision)
+            self._machine.say(f"Encoder {self._encoder.spec.name} on {where}")
+        if self._collection is not None:
+            check_encoder(self._collection, self._encoder.spec, self._encoder.precision)
         return self._encoder
 
 
@@ -155,7 +154,7 @@ def _stream(
         collection = Collection.create(folder, config)
     plan = None if select is None else plan_check or plan_selection(collection, select, change=False)
     with Interrupts() as interrupts, collection.writing(this_command()) as writer:
-        todo = _todo(writer, sources, "features", machine)
+        todo = _todo(writer, sources, "features", machine, interrupts)
         if plan is not None:
             collection.use_selection(plan.name, plan.content)
         summary = Summary(todo.counts)
@@ -188,8 +187,8 @@ def _stream(
     return summary
 
 
-def _todo(writer: Writer, sources: Sources, wanted: str, machine: Machine) -> Todo:
-    todo = Todo(writer, sources.sources, sources.manifest, wanted, sources.retry_failed, machine.say)
+def _todo(writer: Writer, sources: Sources, wanted: str, machine: Machine, interrupts: Interrupts) -> Todo:
+    todo = Todo(writer, sources.sources, sources.manifest, wanted, sources.retry_failed, machine.say, interrupts.check)
     counts = todo.counts
     parts = [f"{counts.to_do} to do"]
     parts += [f"{counts.done_before} done before"] if counts.done_before else []
@@ -212,7 +211,7 @@ def decode(
     with Interrupts() as interrupts, collection.writing(this_command()) as writer:
         if collection.config != config:
             collection.update(config, collection.encoder)
-        todo = _todo(writer, sources, "frames", machine)
+        todo = _todo(writer, sources, "frames", machine, interrupts)
         if not todo.counts.to_do:
             return Summary(todo.counts)
         size = config["frame_size"]

@@ -58,6 +58,7 @@ class VideoDecoded:
     notes: tuple[str, ...]
     seconds: float
     cpu_seconds: float
+    from_store: bool = False  # its frames were stored by an earlier `decode`
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,12 +207,14 @@ class FrameEmbedder:
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if self._capacity == 1:
-                    return VideoError("memory", "one frame does not fit the device's memory", "embed")
-                self._capacity = (self._capacity + 1) // 2
-                release_memory()
+            else:
+                start += len(frames)
                 continue
-            start += len(frames)
+            # Out of memory. Outside the except block: the exception's traceback would keep the device's memory in use.
+            if self._capacity == 1:
+                return VideoError("memory", "one frame does not fit the device's memory", "embed")
+            self._capacity = (self._capacity + 1) // 2
+            release_memory()
         return round_features(np.concatenate(parts)[: batch.n_frames])
 
     @property

@@ -43,12 +43,12 @@ def build_collection_index(
     if selection is None or encoder is None:
         raise UsageError(f"{collection.folder} has no selected frames to index", "Run 'fineco run' or 'fineco select'.")
     _bury_missing(writer, say)
-    places = writer.state.places.get(f"{EMBEDDINGS}/{selection}", {})
-    alive = {v: place.commit for v, place in places.items() if v in writer.state.paths}
+    alive = writer.state.indexable(selection)
     if not alive:
         raise UsageError("there is no video to index", "Run 'fineco failures' to see what went wrong with them.")
     folder = collection.folder / INDEX
-    if not force and _up_to_date(folder, selection, encoder["fingerprint"], writer.state.last_number, kind):
+    content = writer.state.index_content(selection)
+    if not force and _up_to_date(folder, selection, encoder["fingerprint"], content, kind):
         return None
     plan = plan_index(len(alive), int(encoder["spec"]["dim"]), memory_bytes, kind)
     say(plan.describe())
@@ -73,7 +73,7 @@ def build_collection_index(
     with new_generation(folder) as generation:
         report = build_index(plan, chunks, generation)
         store.write_lookup(generation / LOOKUP_FILE, lookup)
-        extra = {"last_commit": writer.state.last_number, "requested_kind": kind}
+        extra = {"content": content, "requested_kind": kind}
         write_sidecar(generation, report, encoder["fingerprint"], selection, extra)
     prune_generations(folder, KEPT_GENERATIONS)
     return report
@@ -94,20 +94,16 @@ def _bury_missing(writer: Writer, say: Callable[[str], None]) -> None:
     say(f"{len(missing)} videos are gone and leave the index (a run that finds them again brings them back)")
 
 
-def _up_to_date(folder: Path, selection: str, fingerprint: str, last_commit: int, kind: str) -> bool:
+def _up_to_date(folder: Path, selection: str, fingerprint: str, content: str, kind: str) -> bool:
     """Whether the current generation was built from just this; a damaged or missing one is not."""
     try:
         sidecar = read_sidecar(current_generation(folder))
     except FinecoError:
         return False
-    return (
+    made_of = (
         sidecar.selection,
         sidecar.fingerprint,
-        sidecar.extra.get("last_commit"),
+        sidecar.extra.get("content"),
         sidecar.extra.get("requested_kind"),
-    ) == (
-        selection,
-        fingerprint,
-        last_commit,
-        kind,
     )
+    return made_of == (selection, fingerprint, content, kind)

@@ -45,7 +45,8 @@ def status_of(folder: Path) -> dict[str, Any]:
         generation = current_generation(folder / INDEX)
         sidecar = read_sidecar(generation)
         index = {"generation": generation.name, "selection": sidecar.selection, **sidecar.report.to_json()}
-        index["up_to_date"] = sidecar.selection == selection and sidecar.extra.get("last_commit") == state.last_number
+        fresh = selection is not None and sidecar.extra.get("content") == state.index_content(selection)
+        index["up_to_date"] = fresh and sidecar.selection == selection
     except FinecoError:
         pass
     return {

@@ -304,7 +304,7 @@ def _failed(shard: _Shard, event: VideoFailed, progress: Progress) -> None:
 
 def _changed(decoded: VideoDecoded) -> VideoFailed | None:
     """A failure if the file changed while it was read: its frames may be of two different videos."""
-    if check_unchanged(decoded.video):
+    if decoded.from_store or check_unchanged(decoded.video):
         return None
     error = VideoError("changed", "the file changed while it was read; run again")
     return VideoFailed(decoded.video, decoded.attempt, error, False, decoded.seconds)
@@ -355,7 +355,15 @@ def _stored_frames(writer: Writer, videos: Iterable[Video], geometry: FrameGeome
                 for seconds, data in zip(frames.pts_seconds.tolist(), threads.map(pixels, frames.jpegs), strict=True):
                     yield DecodedFrame(video, 1, seconds, data)
                 yield VideoDecoded(
-                    video, 1, frames.video.duration_seconds, frames.span_seconds, 0, (), time.monotonic() - started, 0.0
+                    video,
+                    1,
+                    frames.video.duration_seconds,
+                    frames.span_seconds,
+                    0,
+                    (),
+                    time.monotonic() - started,
+                    0.0,
+                    True,
                 )
     finally:
         if opened:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.catalog import find_videos
-from pipeline.collection import Row, Writer
+from pipeline.collection import FRAMES, Row, Writer
 from pipeline.types import Outcome, Video
 
 CATALOG_ROWS_PER_COMMIT = 10_000
@@ -34,10 +34,11 @@ class Todo:
 
     Args:
         writer: The collection, locked.
-        sources, manifest: As `catalog.find_videos` takes them.
+        sources, manifest: As `catalog.find_videos` takes them. Neither: the videos whose frames are stored.
         wanted: Kind of data that makes a video done: `frames` or `features`.
         retry_failed: Also videos that failed in an earlier run.
         warn: Gets a line per thing worth knowing.
+        check: Called for every video; raises to stop.
     """
 
     def __init__(
@@ -48,12 +49,19 @@ class Todo:
         wanted: str,
         retry_failed: bool,
         warn: Callable[[str], None],
+        check: Callable[[], None],
     ) -> None:
         self.counts = Counts()
         self._writer = writer
         self._spool = tempfile.TemporaryFile()
         self._rows: list[Row] = []
-        for found in find_videos(sources, manifest, writer.state.known.get, warn):
+        found_videos: Iterable[Video | Outcome]
+        if sources or manifest:
+            found_videos = find_videos(sources, manifest, writer.state.known.get, warn)
+        else:
+            found_videos = _with_frames(writer)
+        for found in found_videos:
+            check()
             self.counts.found += 1
             if isinstance(found, Outcome):
                 self._problem(found)
@@ -108,3 +116,13 @@ class Todo:
         if self._rows:
             self._writer.commit("catalog", self._rows, [])
             self._rows = []
+
+
+def _with_frames(writer: Writer) -> Iterator[Video]:
+    """The videos whose frames `decode` stored."""
+    places = writer.state.places.get(FRAMES, {})
+    for commit in writer.collection.commits():
+        for row in commit.rows:
+            place = places.get(row.outcome.video_id)
+            if place is not None and place.commit == commit.number and row.outcome.status == "ok":
+                yield row.video()
