@@ -139,8 +139,8 @@ def held_out_recall(encoder: builtin.BuiltinEncoder, seed: int, draws: int) -> f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--frames", type=int, default=40_000, help="painted frames to train on")
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--frames", type=int, default=20_000, help="painted frames to train on")
+    parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--workers", type=int, default=2, help="painting processes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=builtin.WEIGHTS.parent, help="folder for weights and vocabulary")
