@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.collection import Collection, Commit, Lock, Row, State
-from pipeline.errors import IntegrityError, UsageError
+from pipeline.errors import FinecoError, IntegrityError, UsageError
 from pipeline.files import FileRecord, write_bytes
 from pipeline.types import Outcome, TimedText, Video
 
@@ -180,6 +180,22 @@ def test_debris_of_a_dead_process_is_removed_and_nothing_else(collection: Collec
     (folder / "features" / "notes.txt").write_text("mine")
     with collection.writing("test"):
         assert files_of(folder) == kept | {"notes.txt", "features/notes.txt"}
+
+
+def test_a_commit_that_the_disk_refuses_did_not_happen_and_can_be_tried_again(collection: Collection) -> None:
+    def refuse(path: Path) -> FileRecord:
+        raise FinecoError(f"cannot write {path}: No space left on device")
+
+    add(collection, row(1))
+    kept = files_of(collection.folder)
+    with collection.writing("test") as writer:
+        before = collection.state()
+        with pytest.raises(FinecoError, match="No space left"):
+            writer.commit("run", [row(2)], [*data(b"x"), ("frames", refuse)])  # type: ignore[list-item]
+        assert writer.state == before == collection.state()
+    with collection.writing("test") as writer:
+        assert files_of(collection.folder) == kept
+        assert writer.commit("run", [row(2)], data(b"x")) == 2  # type: ignore[arg-type]
 
 
 KILL_SELF = """
