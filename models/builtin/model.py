@@ -122,6 +122,8 @@ class BuiltinEncoder:
         self.precision = precision
         self._vocabulary = vocabulary
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        # before bf16 rounds it: both precisions have one fingerprint
+        temperature = float(1 / model.log_scale.detach().float().exp())
         self._model = model.to(device=device, dtype=self._dtype).eval()
         self.spec = EncoderSpec(
             name="builtin",
@@ -130,7 +132,7 @@ class BuiltinEncoder:
             mean=MEAN,
             std=STD,
             window=1,
-            temperature=float(1 / model.log_scale.detach().float().exp()),
+            temperature=temperature,
             context_length=CONTEXT_LENGTH,
             weights_sha256=weights_sha256,
             licence="Apache-2.0 (this project)",
