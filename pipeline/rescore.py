@@ -3,9 +3,11 @@
 The index proposes candidates by their pooled vectors; here the query meets the frames themselves, which gives the
 candidate's final score and the moments that match (METHOD.md section 2).
 
-The score is the mean of the K best frame cosines with K = max(1, ceil(0.25 * number of stored frames)): FineCo's own
-selection rule applied once more, now by the query. Between its ends lie max (K = 1) and VideoCLIP's pair score (all
-frames: the mean of the token scores).
+The score is the softmax-weighted mean of the frame cosines, at the encoder's own temperature (1 / logit scale): frames
+weigh as the contrastive loss would have them weigh. Between its ends lie max (temperature 0) and VideoCLIP's pair score,
+the plain mean (infinite). A query usually names a small part of a video, whose length nobody knows beforehand, so a
+fixed share of the frames would drown it: on the demo's videos with every frame stored, R@1 was 0.67 for the mean of the
+best quarter, 0.88 for that of the best eighth, and 0.98 for this.
 """
 
 from __future__ import annotations
@@ -13,12 +15,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.select import Keep, cosines, n_kept
+from pipeline.select import cosines
 from pipeline.types import Float32, Float64, Moment, check_shape, check_times
-
-TOP_SHARE = Keep(ratio=0.25)
-# FineCo's share for selecting (METHOD.md section 1). A query usually names one part of a video, so all frames would
-# drown it; the single best frame would let one lucky frame win.
 
 MOMENT_LEVEL = 0.5
 # Where between the query's background and the video's best frame a moment begins. Cosines of different encoders and
@@ -37,40 +35,33 @@ def score_frames(query: Float32, features: Float32) -> Float32:
     return cosines(features, query)
 
 
-def rescore(frame_scores: Float32) -> float:
-    """A video's score from the cosines of its stored frames (K,), K >= 1: the mean of its best quarter."""
-    return float(rescore_runs(frame_scores, np.array([0, len(frame_scores)]))[0])
-
-
-def rescore_runs(frame_scores: Float32, offsets: NDArray[np.integer]) -> Float32:
-    """`rescore` for C videos at once.
+def rescore(frame_scores: Float32, offsets: NDArray[np.integer], temperature: float) -> Float32:
+    """Scores of C videos from the cosines of their stored frames.
 
     Args:
         frame_scores: (M,) float32, the frames of all videos one after another.
         offsets: (C + 1,) from 0 to M, increasing: video c has the frames [offsets[c], offsets[c + 1]).
+        temperature: Of the softmax; above 0.
 
     Returns:
-        (C,) float32. A video's score does not depend on the others.
+        (C,) float32 cosines. A video's score does not depend on the others.
 
     Raises:
-        ValueError: The offsets do not divide the frames, or a video has none.
+        ValueError: The offsets do not divide the frames, a video has none, or the temperature is not above 0.
     """
     check_shape("frame_scores", frame_scores, (None,), np.float32)
     lengths = np.diff(offsets)
     if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(frame_scores) or np.any(lengths < 1):
         raise ValueError(f"offsets do not divide {len(frame_scores)} frames into videos of at least one frame")
-    n_top = np.array([n_kept(TOP_SHARE, int(n)) for n in lengths])
-    video = np.repeat(np.arange(len(lengths)), lengths)
-    falling = frame_scores[np.lexsort((-frame_scores, video))]  # each video's frames, best first, in its own place
-    place = np.arange(len(falling)) - offsets[video]
-    top = np.where(place < n_top[video], falling.astype(np.float64), 0.0)
-    means: Float32 = (np.add.reduceat(top, offsets[:-1]) / n_top).astype(np.float32)
-    return means
-
-
-def rescore_candidates(query: Float32, features: Float32, offsets: NDArray[np.integer]) -> Float32:
-    """Scores (C,) of candidates against the query (D,); `features` (M, D) and `offsets` as in `rescore_runs`."""
-    return rescore_runs(score_frames(query, features), offsets)
+    if not temperature > 0:
+        raise ValueError(f"a temperature of {temperature}: it lies above 0")
+    if len(lengths) == 0:
+        return np.empty(0, np.float32)
+    scores = frame_scores.astype(np.float64)
+    best = np.repeat(np.maximum.reduceat(scores, offsets[:-1]), lengths)
+    weights = np.exp((scores - best) / temperature)
+    means = np.add.reduceat(weights * scores, offsets[:-1]) / np.add.reduceat(weights, offsets[:-1])
+    return means.astype(np.float32)
 
 
 def find_moments(

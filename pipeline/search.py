@@ -116,7 +116,8 @@ class Searcher:
         if not candidates:
             return []
         background = float(np.median(np.concatenate(frame_scores)))
-        scores = [rescore(s) for s in frame_scores]
+        offsets = np.cumsum([0, *map(len, frame_scores)])
+        scores = rescore(np.concatenate(frame_scores), offsets, self._encoder.spec.temperature).tolist()
         order = sorted(range(len(scores)), key=lambda i: (-scores[i], candidates[i][0].video_id))
         hits = []
         for rank, i in enumerate(order, 1):

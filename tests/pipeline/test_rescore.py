@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.rescore import find_moments, rescore, rescore_candidates, rescore_runs, score_frames
+from pipeline.rescore import find_moments, rescore, score_frames
 from pipeline.types import Float32, Moment
 
 scores_of_a_video = st.lists(st.integers(-100, 100).map(lambda n: n / 100), min_size=1, max_size=40)
@@ -26,9 +26,13 @@ def array(values: list[float]) -> Float32:
     return np.array(values, np.float32)
 
 
-def rescore_by_loops(scores: list[float]) -> float:
-    k = max(1, math.ceil(len(scores) / 4))
-    return sum(sorted(scores, reverse=True)[:k]) / k
+def rescore_by_loops(scores: list[float], temperature: float) -> float:
+    weights = [math.exp((score - max(scores)) / temperature) for score in scores]
+    return sum(w * score for w, score in zip(weights, scores, strict=True)) / sum(weights)
+
+
+def rescore_one(scores: list[float], temperature: float = 0.05) -> float:
+    return float(rescore(array(scores), np.array([0, len(scores)]), temperature)[0])
 
 
 def moments_by_loops(
@@ -69,49 +73,50 @@ def test_a_query_of_another_dimension_or_type_is_refused() -> None:
         score_frames(wrong_type, np.ones((2, 4), np.float32))
 
 
-def test_a_video_scores_the_mean_of_its_best_quarter() -> None:
-    assert rescore(array([0.5])) == 0.5
-    assert rescore(array([0.25, 0.5, 0.0, -0.5])) == 0.5
-    assert rescore(array([0.25, 0.5, 0.0, -0.5, 0.125])) == 0.375  # ceil(0.25 * 5) = 2
-    assert rescore(array([-0.5, -0.25])) == -0.25
+def test_the_temperature_leads_from_the_best_frame_to_the_mean_of_all() -> None:
+    scores = [0.25, 0.5, 0.0, -0.5]
+    assert rescore_one([0.5]) == 0.5
+    assert rescore_one(scores, 1e-3) == pytest.approx(0.5)
+    assert rescore_one(scores, 1e6) == pytest.approx(0.0625, abs=1e-5)
+    assert 0.25 < rescore_one(scores, 0.2) < 0.5
 
 
 def test_a_long_video_loses_nothing_to_rounding() -> None:
-    assert rescore(array([0.1] * 400_000)) == np.float32(0.1)
+    assert rescore_one([0.1] * 400_000) == np.float32(0.1)
 
 
-@given(scores_of_a_video)
-def test_rescoring_is_what_the_loops_say_in_any_order_of_frames(scores: list[float]) -> None:
-    assert rescore(array(scores)) == pytest.approx(rescore_by_loops(scores), abs=1e-6)
-    assert rescore(array(scores)) == rescore(array(scores[::-1]))
+def test_a_short_match_in_a_long_video_beats_a_video_that_half_matches_throughout() -> None:
+    assert rescore_one([0.1] * 600 + [0.7] * 5) > rescore_one([0.4] * 600)
+
+
+@given(scores_of_a_video, st.sampled_from([0.01, 0.05, 1.0]))
+def test_rescoring_is_what_the_loops_say_in_any_order_of_frames(scores: list[float], temperature: float) -> None:
+    assert rescore_one(scores, temperature) == pytest.approx(rescore_by_loops(scores, temperature), abs=1e-6)
+    assert rescore_one(scores, temperature) == pytest.approx(rescore_one(scores[::-1], temperature), abs=1e-6)
 
 
 @given(st.lists(scores_of_a_video, max_size=8))
-def test_many_videos_at_once_score_exactly_as_one_by_one(videos: list[list[float]]) -> None:
+def test_many_videos_at_once_score_as_one_by_one(videos: list[list[float]]) -> None:
     offsets = np.cumsum([0] + [len(video) for video in videos])
-    got = rescore_runs(array([score for video in videos for score in video]), offsets)
+    got = rescore(array([score for video in videos for score in video]), offsets, 0.05)
     assert got.dtype == np.float32
-    assert list(got) == [rescore(array(video)) for video in videos]
+    assert list(got) == pytest.approx([rescore_one(video) for video in videos], abs=1e-6)
 
 
-def test_candidates_are_scored_by_the_query_on_their_own_frames() -> None:
-    rng = np.random.default_rng(4)
-    query = random_unit(rng, 128)
-    candidates = [random_unit(rng, int(n), 128) for n in rng.integers(1, 60, size=300)]
-    offsets = np.cumsum([0] + [len(c) for c in candidates])
-    got = rescore_candidates(query, np.concatenate(candidates), offsets)
-    want = [rescore_by_loops([float(row.astype(np.float64) @ query) for row in c]) for c in candidates]
-    np.testing.assert_allclose(got, want, atol=1e-6)
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_a_temperature_that_is_none_is_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        rescore_one([0.1, 0.2], temperature)
 
 
 @pytest.mark.parametrize("offsets", [[], [0], [0, 2], [1, 3], [0, 2, 2, 3], [0, 2, 1, 3], [0, 4]])
 def test_offsets_that_do_not_divide_the_frames_are_refused(offsets: list[int]) -> None:
     with pytest.raises(ValueError, match="offsets"):
-        rescore_runs(array([0.1, 0.2, 0.3]), np.array(offsets, np.int64))
+        rescore(array([0.1, 0.2, 0.3]), np.array(offsets, np.int64), 0.05)
 
 
 def test_no_candidates_have_no_scores() -> None:
-    assert len(rescore_candidates(array([1.0, 0.0]), np.empty((0, 2), np.float32), np.array([0]))) == 0
+    assert len(rescore(np.empty(0, np.float32), np.array([0]), 0.05)) == 0
 
 
 def test_moments_are_the_runs_above_halfway_between_background_and_best() -> None:
