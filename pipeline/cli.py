@@ -401,7 +401,7 @@ def doctor(as_json: bool) -> None:
 @click.option(
     "--folder", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Where to work."
 )
-@click.option("--videos", type=click.IntRange(min=8), default=64, show_default=True, help="How many to render.")
+@click.option("--videos", type=click.IntRange(8, 800), default=64, show_default=True, help="How many to render.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is rendered.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per processor]")
 @click.pass_obj

@@ -34,6 +34,7 @@ RING_BYTES = 32 << 20
 MAX_SLOTS = 128
 JOBS_PER_WORKER = 500  # then a fresh one, lest a leak in a decoder adds up over a million videos
 MAX_FAILED_STARTS = 3
+START_SECONDS = 60.0  # a cold disk is no hanging decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,6 @@ class _Worker:
         self.job: tuple[Video, int] | None = None
         self.jobs_done = 0
         self.ready = False
-        self.waiting = False  # for a free slot: not its fault
         self.started = self.heard = time.monotonic()
         self._buffer = b""
         stdout = self.process.stdout
@@ -136,7 +136,6 @@ class _Worker:
             return [], False
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         self.heard = time.monotonic()
-        self.waiting = False
         return [json.loads(line) for line in lines], not data
 
     def slot(self, number: int, size: int) -> UInt8:
@@ -240,6 +239,8 @@ class DecodePool:
                 if isinstance(event, VideoFailed) and event.will_retry:
                     alone.append(event.video)
                 yield event
+                if stop.is_set():
+                    return
 
     def _wait(self) -> Iterator[DecodeEvent]:
         """Waits for messages, or for a worker's time to run out."""
@@ -251,23 +252,25 @@ class DecodePool:
                 yield from self._handle(worker, message)
             if gone:
                 yield from self._lost(worker, None)
+        # Silent is only who has said nothing that is still unread: the consumer of the events above took its time.
+        unread = {key.data for key, _ in self._selector.select(timeout=0)}
         now = time.monotonic()
-        for worker in list(self._workers):
-            if (worker.job or not worker.ready) and not worker.waiting and now - worker.heard > self._stall_seconds:
-                yield from self._lost(worker, f"no progress for {self._stall_seconds:g} s")
+        for worker in [w for w in self._workers if w not in unread]:
+            limit = self._stall_seconds if worker.ready else max(self._stall_seconds, START_SECONDS)
+            if (worker.job or not worker.ready) and now - worker.heard > limit:
+                yield from self._lost(worker, f"no progress for {limit:g} s")
 
     def _handle(self, worker: _Worker, message: dict[str, Any]) -> Iterator[DecodeEvent]:
         kind = message["kind"]
         if kind == "ready":
             worker.ready = True
             self._failed_starts = 0
-        elif kind == "waiting":
-            worker.waiting = True
         elif kind == "frame" and worker.job:
             data = worker.slot(message["slot"], message["size"])
             yield DecodedFrame(*worker.job, message["seconds"], data.reshape(self._shape) if self._shape else data)
             del data
             worker.send({"free": 1})
+            worker.heard = time.monotonic()  # it may have waited for this slot: the consumer's time, not its own
         elif kind in ("done", "failed") and worker.job:
             video, attempt = worker.job
             worker.job = None

@@ -123,10 +123,14 @@ def render_videos(folder: Path, n_videos: int, seed: int, workers: int, machine:
     script = folder / "screenplay.json"
     content = json.dumps([asdict(v) for v in videos]).encode()
     if not script.exists() or script.read_bytes() != content:
+        strangers = [p.name for p in folder.iterdir() if p != script and not p.name.startswith("video-")]
+        if strangers or (not script.exists() and any(folder.iterdir())):
+            raise FinecoError(f"{folder} holds files that are not the demo's", "Choose another place with --folder.")
         for old in folder.glob("video-*"):
             old.unlink()
         write_bytes(script, content)
-    missing = [i for i, v in enumerate(videos) if not (folder / v.name).with_suffix(".txt").exists()]
+    whole = [(folder / v.name).exists() and (folder / v.name).with_suffix(".txt").exists() for v in videos]
+    missing = [i for i, there in enumerate(whole) if not there]
     if missing:
         machine.say(f"Rendering {len(missing)} videos in {folder}")
         root = str(Path(__file__).parents[1])

@@ -4,8 +4,8 @@ The index proposes candidates by their pooled vectors; here the query meets the 
 candidate's final score and the moments that match (METHOD.md section 2).
 
 The score is the softmax-weighted mean of the frame cosines, at the encoder's own temperature (1 / logit scale): frames
-weigh as the contrastive loss would have them weigh. Between its ends lie max (temperature 0) and VideoCLIP's pair score,
-the plain mean (infinite). A query usually names a small part of a video, whose length nobody knows beforehand, so a
+weigh as the contrastive loss would have them weigh. Its ends are max (temperature 0) and VideoCLIP's pair score, the
+plain mean (infinite). A query usually names a small part of a video, whose length nobody knows beforehand, so a
 fixed share of the frames would drown it: on the demo's videos with every frame stored, R@1 was 0.67 for the mean of the
 best quarter, 0.88 for that of the best eighth, and 0.98 for this.
 """

@@ -80,6 +80,13 @@ def _time_zero(container: Any, stream: Any) -> Fraction | None:
     return Fraction(container.start_time, 1_000_000) / time_base
 
 
+def has_times(container: Any, stream: Any) -> bool:
+    """Whether packets carry presentation times. AVI has none, and what FFmpeg makes up for these codecs is the decoding
+    order: with B-frames, wrong for most frames."""
+    codec = stream.codec_context
+    return not (container.format.name == "avi" and codec.name in ("h264", "hevc") and codec.has_b_frames)
+
+
 def frame_ticks(stream: Any) -> int:
     """Ticks from one frame to the next at the declared rate; 25 a second where that is nonsense."""
     rate: Fraction = stream.average_rate or stream.guessed_rate or Fraction(25)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import av
 import numpy as np
 
-from pipeline.decoding.container import Clock, Report, error_count, frame_ticks, open_video, reason
+from pipeline.decoding.container import Clock, Report, error_count, frame_ticks, has_times, open_video, reason
 from pipeline.decoding.skipping import NotAsExpectedError, iter_keyframes, iter_samples
 from pipeline.errors import VideoError
 from pipeline.sampling import CellPicker, Sampling, fps_picker, frames_picker
@@ -131,7 +132,7 @@ def _all_times(path: str, limits: DecodeLimits, skipping: bool) -> tuple[list[in
                 if not packet.size:
                     continue
                 jumped = packet.dts is not None and last_dts is not None and packet.dts <= last_dts
-                if packet.pts is None or jumped:
+                if packet.pts is None or jumped or not has_times(container, stream):
                     pairs = []
                     break
                 last_dts = packet.dts
@@ -164,6 +165,8 @@ def _plain(container: Any, stream: Any, clock: Clock) -> Iterator[tuple[int, Any
     guessed = False  # whether `last` was made up
     late = 0  # what made-up times ran ahead of the real ones that follow
     bad = 0
+    # Where there are no presentation times, frames come out in that order and take the decoding times one by one.
+    times: deque[int] | None = None if has_times(container, stream) else deque()
     for packet in _packets(container, stream, clock):
         if packet is not None:
             dts = packet.dts
@@ -175,6 +178,8 @@ def _plain(container: Any, stream: Any, clock: Clock) -> Iterator[tuple[int, Any
             if packet.pts is not None and offset:
                 packet.pts += offset
             clock.n_hidden += packet.is_discard
+            if times is not None and last_dts is not None:
+                times.append(last_dts)
         try:
             frames = context.decode(packet)
         except (av.FFmpegError, MemoryError) as error:
@@ -184,6 +189,8 @@ def _plain(container: Any, stream: Any, clock: Clock) -> Iterator[tuple[int, Any
         bad = 0 if frames else bad + 1
         for frame in frames:
             clock.report.n_decoded += 1
+            if times is not None:
+                frame.pts = times.popleft() if times else None
             if frame.pts is None:
                 pts = clock.zero_or(0) if last is None else last + step
                 guessed = True

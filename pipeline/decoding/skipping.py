@@ -15,7 +15,7 @@ from typing import Any
 
 import av
 
-from pipeline.decoding.container import Clock, error_count
+from pipeline.decoding.container import Clock, error_count, has_times
 
 # Codecs whose every keyframe resets all references. H.264 and HEVC are asked per packet instead.
 RESETTING_CODECS = frozenset({"vp8", "vp9", "av1", "libdav1d", "mjpeg", "prores", "png", "ffv1", "dnxhd", "theora"})
@@ -154,6 +154,8 @@ class _Skipper:
 
 def iter_samples(container: Any, stream: Any, pick: Callable[[int], bool], clock: Clock) -> Iterator[Any]:
     """Yields the sampled frames, decoding as little as possible. Raises NotAsExpectedError at the first surprise."""
+    if not has_times(container, stream):
+        raise NotAsExpectedError
     skipper = _Skipper(stream.codec_context, pick, _random_access_test(stream))
     errors = error_count()
 
@@ -183,6 +185,8 @@ def iter_samples(container: Any, stream: Any, pick: Callable[[int], bool], clock
 
 def iter_keyframes(container: Any, stream: Any, clock: Clock) -> Iterator[Any]:
     """Yields the keyframes, decoding nothing else: after each the decoder starts afresh, as after a seek."""
+    if not has_times(container, stream):
+        raise NotAsExpectedError
     context = stream.codec_context
     errors = error_count()
     last: int | None = None

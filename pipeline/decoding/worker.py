@@ -55,8 +55,6 @@ class _Parent:
 
     def slot(self) -> int:
         """A free slot's number; waits for the parent to free one (the ring is used in order)."""
-        if self._free == 0:
-            self.say(kind="waiting")
         while self._free == 0:
             self._receive()
         self._free -= 1
