@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from indexes.exact import Chunks, Ids, exact_top_k, recall
+from indexes.exact import TIE_ROOM, Chunks, Ids, exact_top_k, has_clear_answer, recall
 from indexes.plan import IndexPlan
 from pipeline.errors import FinecoError, IntegrityError
 from pipeline.files import write_file
@@ -20,8 +20,10 @@ INDEX_FILE = "index.faiss"
 RECALL_AT = 10
 RECALL_QUERIES = 256
 RECALL_GOAL = 0.95
-QUERY_NOISE = 0.5  # a query lies near videos but is none: a unit vector and noise of half its length
+LEAST_GAIN = 0.005  # of recall: when twice the cells bring less, the vectors' coding is the limit, not the cells
+QUERY_NOISE = 1.0  # length of the noise added to a unit vector to make a query
 SEED = 0
+DAMAGED = "Run 'fineco verify' on the collection."
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class IndexReport:
     seconds: float
 
     def describe(self) -> str:
+        """The line printed after building."""
         probes = f", {self.nprobe} cells a query" if self.nprobe else ""
         return (
             f"Index built: {self.factory}, {self.n_vectors} videos{probes}, recall@{RECALL_AT} {self.recall_at_10:.3f} "
@@ -45,6 +48,7 @@ class IndexReport:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """The fields, as plain values."""
         return asdict(self)
 
 
@@ -55,7 +59,8 @@ def build_index(plan: IndexPlan, chunks: Chunks, folder: Path) -> IndexReport:
         chunks: Called for every pass over the vectors; gives (ids (n,) int64, unit vectors (n, D) float32).
 
     Raises:
-        IntegrityError: Vectors that are not finite unit rows of the plan's dimension, or ids that are not unique.
+        IntegrityError: Vectors that are not finite unit rows of the plan's dimension, ids that are not unique, or
+            another number of vectors than planned.
         FinecoError: FAISS or the disk refuses.
     """
     import faiss
@@ -63,91 +68,127 @@ def build_index(plan: IndexPlan, chunks: Chunks, folder: Path) -> IndexReport:
     started = time.monotonic()
     try:
         index = faiss.index_factory(plan.dim, _factory(plan), faiss.METRIC_INNER_PRODUCT)
-        sample = _sample(plan, chunks, max(plan.n_train, RECALL_QUERIES))
+        all_ids, sample = _survey(plan, chunks)
         if plan.nlist:
             _train(faiss, index, sample[: plan.n_train])
-        seen: set[int] = set()
+        added = 0
         for ids, vectors in _checked(chunks, plan.dim):
-            fresh = set(ids.tolist())
-            if len(fresh) != len(ids) or not seen.isdisjoint(fresh):
-                raise IntegrityError("two videos have the same id in the index", "Run 'fineco verify'.")
-            seen |= fresh
+            if not np.array_equal(ids, all_ids[added : added + len(ids)]):
+                raise IntegrityError("the vectors changed while the index was built", "Run the same command again.")
             index.add_with_ids(vectors, ids)
-        if index.ntotal != plan.n_vectors:
-            raise IntegrityError(f"{index.ntotal} vectors came for a plan of {plan.n_vectors}")
-        nprobe, measured, n_queries = _measure(faiss, index, plan, sample, chunks)
-        record = write_file(folder / INDEX_FILE, lambda path: faiss.write_index(index, str(path)))
+            added += len(ids)
+        nprobe, measured, n_queries = _measure(faiss, index, plan, recall_queries(sample[:RECALL_QUERIES]), chunks)
+        if plan.nlist:
+            faiss.extract_index_ivf(index).nprobe = nprobe  # the file says what the report says
+        record = write_file(folder / INDEX_FILE, lambda path: _write(faiss, index, path))
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].rpartition(": ")[2]
-        raise FinecoError(f"FAISS could not build {plan.factory}: {reason}") from error
-    return IndexReport(
-        plan.factory,
-        plan.dim,
-        plan.n_vectors,
-        nprobe,
-        measured,
-        n_queries,
-        record.size_bytes,
-        round(time.monotonic() - started, 3),
-    )
+        raise FinecoError(f"FAISS could not build {plan.factory}: {faiss_reason(error)}") from error
+    seconds = round(time.monotonic() - started, 3)
+    return IndexReport(plan.factory, plan.dim, plan.n_vectors, nprobe, measured, n_queries, record.size_bytes, seconds)
+
+
+def recall_queries(vectors: Float32) -> Float32:
+    """What recall is measured with, (Q, D): each vector plus noise of the same length, as a unit vector.
+
+    A query is then near a video (cosine about 0.7) without being one; a stored vector as its own query is found too
+    easily. Texts lie farther from videos than that, so their recall may be lower.
+    """
+    noise = np.random.default_rng(SEED).standard_normal(vectors.shape)
+    queries = vectors + QUERY_NOISE * noise / np.linalg.norm(noise, axis=1, keepdims=True)
+    rows: Float32 = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
+    return rows
+
+
+def faiss_reason(error: RuntimeError) -> str:
+    """The part of FAISS's message that is for people: without the C++ function, file and line."""
+    return str(error).strip().splitlines()[0].rpartition("failed: ")[2].rpartition("Error: ")[2]
 
 
 def _factory(plan: IndexPlan) -> str:
-    return plan.factory if plan.nlist else f"IDMap2,{plan.factory}"  # IVF keeps ids itself
+    return plan.factory if plan.nlist else f"IDMap,{plan.factory}"  # IVF keeps ids itself
 
 
 def _checked(chunks: Chunks, dim: int) -> Iterator[tuple[Ids, Float32]]:
     for ids, vectors in chunks():
         try:
-            check_shape("vectors", vectors, (len(ids), dim), np.float32)
             check_shape("ids", ids, (None,), np.int64)
+            check_shape("vectors", vectors, (len(ids), dim), np.float32)
             if len(vectors):
                 check_unit_rows("vectors", vectors)
                 if ids.min() < 0:
                     raise ValueError("an id is negative")
         except ValueError as error:
-            raise IntegrityError(f"cannot index: {error}", "Run 'fineco verify' on the collection.") from error
+            raise IntegrityError(f"cannot index: {error}", DAMAGED) from error
         yield ids, np.ascontiguousarray(vectors)
 
 
-def _sample(plan: IndexPlan, chunks: Chunks, size: int) -> Float32:
-    """A uniform random sample in random order, (min(size, n), D), by drawing the row numbers beforehand."""
+def _survey(plan: IndexPlan, chunks: Chunks) -> tuple[Ids, Float32]:
+    """The first pass: checks everything before anything is built.
+
+    Returns:
+        All ids (n,) in order, and a uniform sample of the vectors in random order, enough to train and to measure.
+    """
     rng = np.random.default_rng(SEED)
-    chosen = np.sort(rng.choice(plan.n_vectors, size=min(size, plan.n_vectors), replace=False))
-    parts, start = [], 0
-    for _, vectors in _checked(chunks, plan.dim):
-        rows = chosen[(chosen >= start) & (chosen < start + len(vectors))] - start
-        parts.append(vectors[rows])
-        start += len(vectors)
+    size = min(max(plan.n_train, RECALL_QUERIES), plan.n_vectors)
+    chosen = np.sort(rng.choice(plan.n_vectors, size=size, replace=False)) if size else np.empty(0, np.int64)
+    all_ids, start = [np.empty(0, np.int64)], 0
+    parts = [np.empty((0, plan.dim), np.float32)]
+    for ids, vectors in _checked(chunks, plan.dim):
+        first, last = np.searchsorted(chosen, (start, start + len(ids)))
+        parts.append(vectors[chosen[first:last] - start])
+        all_ids.append(ids)
+        start += len(ids)
+    if start != plan.n_vectors:
+        raise IntegrityError(f"{start} vectors came for an index planned for {plan.n_vectors}", DAMAGED)
+    in_order = np.concatenate(all_ids)
+    by_value = np.sort(in_order)
+    repeated = by_value[1:][by_value[1:] == by_value[:-1]]
+    if len(repeated):
+        raise IntegrityError(f"two videos have the id {repeated[0]} in the index", DAMAGED)
     sample: Float32 = np.concatenate(parts)
     rng.shuffle(sample)
-    return sample
+    return in_order, sample
 
 
 def _train(faiss: Any, index: Any, sample: Float32) -> None:
-    """Trains the cells, on the GPU when FAISS has one; the index itself stays on the CPU."""
+    """Trains the cells, on the GPUs when FAISS has any; the index itself stays on the CPU."""
     ivf = faiss.extract_index_ivf(index)
     if hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0:
-        ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(index.d))
+        try:
+            ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(index.d))
+            index.train(sample)
+            return
+        except RuntimeError:  # a GPU that another program fills: the CPU takes longer and comes to the same
+            pass
+        finally:
+            ivf.clustering_index = None
     index.train(sample)
-    ivf.clustering_index = None
 
 
-def _measure(faiss: Any, index: Any, plan: IndexPlan, sample: Float32, chunks: Chunks) -> tuple[int, float, int]:
-    """Recall@10 against exact search; probes more cells until the goal is met. Returns nprobe, recall, queries."""
-    rng = np.random.default_rng(SEED)
-    queries = sample[:RECALL_QUERIES]
-    noise = rng.standard_normal(queries.shape).astype(np.float32)
-    queries = queries + QUERY_NOISE * noise / np.linalg.norm(noise, axis=1, keepdims=True)
-    queries = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
-    k = min(RECALL_AT, plan.n_vectors)
-    wanted, _ = exact_top_k(queries, _checked(chunks, plan.dim), k)
-    nprobe = plan.nprobe
+def _measure(faiss: Any, index: Any, plan: IndexPlan, queries: Float32, chunks: Chunks) -> tuple[int, float, int]:
+    """Recall@10 against exact search; doubles the cells to look into until the goal is met or nothing is gained.
+
+    Returns:
+        nprobe (0 for flat), the recall measured with it, and on how many queries.
+    """
+    wanted_ids, wanted_scores = exact_top_k(queries, _checked(chunks, plan.dim), RECALL_AT + TIE_ROOM)
+    clear = has_clear_answer(wanted_scores, RECALL_AT, plan.n_vectors)
+    queries, wanted_ids, wanted_scores = queries[clear], wanted_ids[clear], wanted_scores[clear]
+    nprobe, best = plan.nprobe, (plan.nprobe, -1.0)
     while True:
         if plan.nlist:
             faiss.extract_index_ivf(index).nprobe = nprobe
-        _, found = index.search(queries, k)
-        measured = recall(found, wanted)
-        if not plan.nlist or measured >= RECALL_GOAL or nprobe >= plan.nlist:
-            return nprobe, round(measured, 4), len(queries)
+        found = index.search(queries, RECALL_AT)[1] if len(queries) else []
+        measured = round(recall(found, wanted_ids, wanted_scores, RECALL_AT), 4)
+        if measured - best[1] < LEAST_GAIN:
+            return *best, len(queries)
+        best = (nprobe, measured)
+        if measured >= RECALL_GOAL or nprobe >= plan.nlist:
+            return nprobe, measured, len(queries)
         nprobe = min(2 * nprobe, plan.nlist)
+
+
+def _write(faiss: Any, index: Any, path: Path) -> None:
+    """Through a file of Python's: FAISS's own takes no name that is not UTF-8 and hides a full disk met at its end."""
+    with path.open("wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write, 1 << 24))

@@ -7,16 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from indexes.build import INDEX_FILE
+from indexes.build import INDEX_FILE, IndexReport, faiss_reason
 from indexes.exact import Ids
-from indexes.generations import Sidecar, read_sidecar
+from indexes.generations import REBUILD, Sidecar, check_generation, read_sidecar
 from pipeline.errors import IntegrityError, UsageError
-from pipeline.files import check_file
 from pipeline.types import Float32
 
-# FAISS takes a file with flipped or trailing bytes for a good one (FAULTS.md section 2), so its digest is checked
-# before it is read: about half a second a gigabyte. Over this size only the length is; 'fineco verify' checks it all.
-FULLY_CHECKED_BYTES = 1 << 30
+LOOP_LIMIT = 10**8  # no index has so many cells; FAISS's own default is none
 
 
 class VectorIndex:
@@ -47,30 +44,8 @@ class VectorIndex:
                 f"the index was built with encoder {sidecar.fingerprint[:12]}, the query's is {fingerprint[:12]}",
                 "Search with the encoder of the collection.",
             )
-        path = generation / INDEX_FILE
-        if INDEX_FILE not in sidecar.files:
-            raise IntegrityError(f"{generation}: its sidecar does not name {INDEX_FILE}", "Run 'fineco index --force'.")
-        for name, record in sidecar.files.items():
-            check_file(generation / name, record, full=record.size_bytes <= FULLY_CHECKED_BYTES)
-        import faiss
-
-        faiss.set_deserialization_vector_byte_limit(2 * sidecar.files[INDEX_FILE].size_bytes + (1 << 20))
-        faiss.set_deserialization_loop_limit(10**8)
-        try:
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0].rpartition(": ")[2]
-            raise IntegrityError(f"{path}: {reason}", "Run 'fineco index --force'.") from error
-        report = sidecar.report
-        found = (index.d, index.ntotal, index.metric_type)
-        if found != (report.dim, report.n_vectors, faiss.METRIC_INNER_PRODUCT):
-            raise IntegrityError(
-                f"{path}: {found[1]} x {found[0]}, its sidecar says {report.n_vectors} x {report.dim}",
-                "Run 'fineco index --force'.",
-            )
-        if report.nprobe:
-            faiss.extract_index_ivf(index).nprobe = report.nprobe
-        return cls(index, sidecar)
+        check_generation(generation, sidecar)
+        return cls(_read(generation / INDEX_FILE, sidecar.report), sidecar)
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
@@ -92,4 +67,37 @@ class VectorIndex:
         if k < 1:
             return [(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in queries]
         scores, ids = self._index.search(np.ascontiguousarray(queries, np.float32), k)
-        return [(row_ids[row_ids >= 0], row[row_ids >= 0]) for row_ids, row in zip(ids, scores, strict=True)]
+        return [_ranked(*row) for row in zip(ids, scores, strict=True)]
+
+
+def _read(path: Path, report: IndexReport) -> Any:
+    """Maps an index file into memory and compares it with its report.
+
+    The file must be verified: FAISS takes one with flipped or trailing bytes for a good one (FAULTS.md section 2).
+    """
+    import faiss
+
+    faiss.set_deserialization_vector_byte_limit(2 * path.stat().st_size + (1 << 20))
+    faiss.set_deserialization_loop_limit(LOOP_LIMIT)
+    try:
+        with path.open("rb") as file:  # by its number, since FAISS takes no name that is not UTF-8
+            index = faiss.read_index(f"/dev/fd/{file.fileno()}", faiss.IO_FLAG_MMAP_IFC)
+        if report.nprobe:
+            faiss.extract_index_ivf(index).nprobe = report.nprobe
+    except RuntimeError as error:
+        raise IntegrityError(f"{path}: {faiss_reason(error)}", REBUILD) from error
+    for what, found, wanted in (
+        ("dimensions", index.d, report.dim),
+        ("vectors", index.ntotal, report.n_vectors),
+        ("metric", index.metric_type, faiss.METRIC_INNER_PRODUCT),
+    ):
+        if found != wanted:
+            raise IntegrityError(f"{path}: {what} {found}, its sidecar says {wanted}", REBUILD)
+    return index
+
+
+def _ranked(ids: Ids, scores: Float32) -> tuple[Ids, Float32]:
+    """Without the places that FAISS could not fill (id -1); equal scores by ascending id."""
+    order = np.lexsort((ids, -scores))
+    order = order[ids[order] >= 0]
+    return ids[order], scores[order]

@@ -1,0 +1,361 @@
+"""Generations on disk and their search: whole, verified, the right ones; after a kill, the old one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+
+from indexes import generations
+from indexes.build import INDEX_FILE, build_index
+from indexes.exact import exact_top_k
+from indexes.generations import (
+    SIDECAR_FILE,
+    current_generation,
+    new_generation,
+    prune_generations,
+    read_sidecar,
+    write_sidecar,
+)
+from indexes.plan import IndexPlan, plan_index
+from indexes.search import VectorIndex
+from pipeline.errors import FinecoError, IntegrityError, UsageError
+from pipeline.types import Float32
+
+ROOT = Path(__file__).parents[2]
+DIM = 16
+FINGERPRINT = "f" * 32
+
+
+def make_vectors(n: int, seed: int = 0) -> tuple[np.ndarray[Any, np.dtype[np.int64]], Float32]:
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((n, DIM))
+    ids = rng.permutation(n).astype(np.int64) + 2**60
+    return ids, (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def publish(folder: Path, n: int = 300, seed: int = 0, nlist: int = 0) -> Path:
+    """A new generation of `n` vectors with a lookup file beside the index."""
+    plan = IndexPlan(f"IVF{nlist},Flat", n, DIM, 0, nlist, nlist, n, None, "test") if nlist else plan_index(n, DIM)
+    with new_generation(folder) as generation:
+        report = build_index(plan, lambda: [make_vectors(n, seed)], generation)
+        (generation / "videos.h5").write_bytes(b"lookup" * 100)
+        write_sidecar(generation, report, FINGERPRINT, "uniform", {"last_commit": 7})
+    return current_generation(folder)
+
+
+def test_a_generation_is_found_again_with_all_it_says(tmp_path: Path) -> None:
+    generation = publish(tmp_path / "index")
+    sidecar = read_sidecar(generation)
+    assert generation.name == "000001"
+    assert (sidecar.fingerprint, sidecar.selection, sidecar.extra) == (FINGERPRINT, "uniform", {"last_commit": 7})
+    assert sorted(sidecar.files) == [INDEX_FILE, "videos.h5"]
+    assert sidecar.files["videos.h5"].size_bytes == 600
+    assert (sidecar.report.factory, sidecar.report.n_vectors, sidecar.report.recall_at_10) == ("Flat", 300, 1.0)
+
+
+@pytest.mark.parametrize("nlist", [0, 8])
+def test_search_finds_what_exact_search_finds_with_large_ids(tmp_path: Path, nlist: int) -> None:
+    index = VectorIndex.open(publish(tmp_path, nlist=nlist), FINGERPRINT)
+    ids, vectors = make_vectors(300)
+    queries = make_vectors(20, seed=1)[1]
+    wanted_ids, wanted_scores = exact_top_k(queries, [(ids, vectors)], 7)
+    answers = index.search(queries, 7)
+    assert len(index) == 300 and len(answers) == 20
+    for (found_ids, found_scores), row_ids, row_scores in zip(answers, wanted_ids, wanted_scores, strict=True):
+        assert found_ids.dtype == np.int64 and found_scores.dtype == np.float32
+        np.testing.assert_array_equal(found_ids, row_ids)
+        np.testing.assert_allclose(found_scores, row_scores, atol=1e-6)
+
+
+def test_more_answers_than_vectors_are_all_of_them(tmp_path: Path) -> None:
+    index = VectorIndex.open(publish(tmp_path, n=5), FINGERPRINT)
+    ((ids, scores),) = index.search(make_vectors(1)[1], 100)
+    assert sorted(ids.tolist()) == sorted(make_vectors(5)[0].tolist())
+    assert np.all(np.diff(scores) <= 0)
+
+
+def test_places_that_faiss_cannot_fill_are_left_out(tmp_path: Path) -> None:
+    generation = publish(tmp_path, nlist=8)
+    sidecar = json.loads((generation / SIDECAR_FILE).read_text())
+    sidecar["report"]["nprobe"] = 1  # one cell does not hold 200 vectors
+    (generation / SIDECAR_FILE).write_text(json.dumps(sidecar))
+    ((ids, scores),) = VectorIndex.open(generation, FINGERPRINT).search(make_vectors(1, seed=1)[1], 200)
+    assert 0 < len(ids) == len(scores) < 200
+    assert ids.min() >= 2**60 and scores.min() >= -1.0
+
+
+def test_equal_scores_come_by_ascending_id(tmp_path: Path) -> None:
+    ids, vectors = make_vectors(50)
+    vectors[:] = vectors[0]
+    with new_generation(tmp_path) as generation:
+        report = build_index(plan_index(50, DIM), lambda: [(ids, vectors)], generation)
+        write_sidecar(generation, report, FINGERPRINT, "uniform", {})
+    ((found, _),) = VectorIndex.open(current_generation(tmp_path), FINGERPRINT).search(vectors[:1], 50)
+    assert found.tolist() == sorted(ids.tolist())
+
+
+def test_an_empty_index_answers_nothing(tmp_path: Path) -> None:
+    with new_generation(tmp_path) as generation:
+        report = build_index(plan_index(0, DIM), lambda: [], generation)
+        write_sidecar(generation, report, FINGERPRINT, "uniform", {})
+    answers = VectorIndex.open(current_generation(tmp_path), FINGERPRINT).search(make_vectors(2)[1], 10)
+    assert [len(ids) for ids, _ in answers] == [0, 0]
+
+
+def test_bad_queries_are_refused(tmp_path: Path) -> None:
+    index = VectorIndex.open(publish(tmp_path), FINGERPRINT)
+    with pytest.raises(UsageError, match="not finite"):
+        index.search(np.full((1, DIM), np.nan, np.float32), 5)
+    with pytest.raises(UsageError, match=rf"\(1, {DIM + 1}\).*{DIM} dimensions"):
+        index.search(np.ones((1, DIM + 1), np.float32), 5)
+    with pytest.raises(UsageError, match="dimensions"):
+        index.search(np.ones(DIM, np.float32), 5)
+
+
+def test_another_encoder_is_refused_and_both_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"{'f' * 12}.*{'e' * 12}"):
+        VectorIndex.open(publish(tmp_path), "e" * 32)
+
+
+def test_a_folder_whose_name_is_not_utf8_works(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    assert len(VectorIndex.open(publish(folder), FINGERPRINT)) == 300
+
+
+def truncate(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flip(position: int) -> Callable[[bytes], bytes]:
+    return lambda data: data[:position] + bytes([data[position] ^ 0x40]) + data[position + 1 :]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("file", [INDEX_FILE, "videos.h5"])
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, lambda data: data[:-1], lambda data: b"", lambda data: data + bytes(100), flip(5), flip(40), flip(500)],
+    ids=["half", "last byte", "empty", "tail", "header 5", "header 40", "payload"],
+)
+def test_a_damaged_file_is_refused_before_faiss_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, damage: Callable[[bytes], bytes]
+) -> None:
+    generation = publish(tmp_path)
+    (generation / file).write_bytes(damage((generation / file).read_bytes()))
+    monkeypatch.setattr(faiss, "read_index", lambda *_: pytest.fail("FAISS was given a damaged file"))
+    with pytest.raises(IntegrityError, match=file):
+        VectorIndex.open(generation, FINGERPRINT)
+
+
+@pytest.mark.fault
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    generation = publish(tmp_path)
+    (generation / INDEX_FILE).unlink()
+    with pytest.raises(IntegrityError, match=INDEX_FILE):
+        VectorIndex.open(generation, FINGERPRINT)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("position", "noticed"), [(10, True), (-10, True), (10_000, False)])
+def test_of_a_large_file_length_and_ends_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, position: int, noticed: bool
+) -> None:
+    monkeypatch.setattr(generations, "FULLY_CHECKED_BYTES", 10_000)
+    monkeypatch.setattr(generations, "ENDS_BYTES", 1_000)
+    generation = publish(tmp_path)
+    data = bytearray((generation / INDEX_FILE).read_bytes())
+    VectorIndex.open(generation, FINGERPRINT)
+    data[position] ^= 0x40
+    (generation / INDEX_FILE).write_bytes(data)
+    if noticed:
+        with pytest.raises(IntegrityError, match="ends"):
+            VectorIndex.open(generation, FINGERPRINT)
+    else:
+        VectorIndex.open(generation, FINGERPRINT)
+    (generation / INDEX_FILE).write_bytes(data[:-1])
+    with pytest.raises(IntegrityError, match="bytes, its record says"):
+        VectorIndex.open(generation, FINGERPRINT)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("field", "value"), [("dim", DIM + 1), ("n_vectors", 299), ("nprobe", 4)])
+def test_an_index_that_is_not_what_its_sidecar_says_is_refused(tmp_path: Path, field: str, value: int) -> None:
+    generation = publish(tmp_path)
+    sidecar = json.loads((generation / SIDECAR_FILE).read_text())
+    sidecar["report"][field] = value
+    (generation / SIDECAR_FILE).write_text(json.dumps(sidecar))
+    with pytest.raises(IntegrityError, match=INDEX_FILE):
+        VectorIndex.open(generation, FINGERPRINT)
+
+
+@pytest.mark.fault
+def test_another_metric_is_refused(tmp_path: Path) -> None:
+    generation = publish(tmp_path)
+    index = faiss.index_factory(DIM, "IDMap,Flat", faiss.METRIC_L2)
+    ids, vectors = make_vectors(300)
+    index.add_with_ids(vectors, ids)
+    faiss.write_index(index, str(generation / INDEX_FILE))
+    write_sidecar(generation, read_sidecar(generation).report, FINGERPRINT, "uniform", {})
+    with pytest.raises(IntegrityError, match="metric"):
+        VectorIndex.open(generation, FINGERPRINT)
+
+
+@pytest.mark.fault
+def test_every_missing_or_wrong_field_of_the_sidecar_is_named(tmp_path: Path) -> None:
+    path = publish(tmp_path) / SIDECAR_FILE
+    whole = json.loads(path.read_text())
+    places = [(), ("report",), ("files", INDEX_FILE)]
+    for place in places:
+        inner = whole
+        for key in place:
+            inner = inner[key]
+        for field in list(inner):
+            for spoilt in ("missing", None, True, ["x"]):
+                changed = json.loads(json.dumps(whole))
+                target = changed
+                for key in place:
+                    target = target[key]
+                if spoilt == "missing":
+                    del target[field]
+                else:
+                    target[field] = spoilt
+                path.write_text(json.dumps(changed))
+                with pytest.raises(IntegrityError, match=field) as caught:
+                    read_sidecar(path.parent)
+                assert str(path) in str(caught.value)
+    path.write_text(json.dumps({**whole, "surprise": 1}))
+    with pytest.raises(IntegrityError, match="surprise"):
+        read_sidecar(path.parent)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/b", ".."])
+def test_a_sidecar_cannot_name_a_file_elsewhere(tmp_path: Path, name: str) -> None:
+    path = publish(tmp_path) / SIDECAR_FILE
+    content = json.loads(path.read_text())
+    content["files"][name] = content["files"]["videos.h5"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(IntegrityError, match="plain file name"):
+        read_sidecar(path.parent)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"schema": 99}'])
+def test_a_sidecar_that_is_no_sidecar_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = publish(tmp_path) / SIDECAR_FILE
+    path.write_bytes(content)
+    with pytest.raises(IntegrityError, match=SIDECAR_FILE):
+        read_sidecar(path.parent)
+
+
+def test_no_index_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="fineco index"):
+        current_generation(tmp_path / "index")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("content", [b"", b"..", b"/tmp", b"000009\n", b"\xff", "٣".encode()])
+def test_a_damaged_pointer_is_refused(tmp_path: Path, content: bytes) -> None:
+    publish(tmp_path)
+    (tmp_path / "CURRENT").write_bytes(content)
+    with pytest.raises(IntegrityError, match="CURRENT"):
+        current_generation(tmp_path)
+
+
+def test_a_new_generation_takes_over_and_old_ones_go_but_never_the_current(tmp_path: Path) -> None:
+    names = [publish(tmp_path, seed=seed).name for seed in range(4)]
+    assert names == ["000001", "000002", "000003", "000004"]
+    (tmp_path / "CURRENT").write_text("000001\n")
+    prune_generations(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000001", "000003", "000004", "CURRENT"]
+    assert publish(tmp_path).name == "000005"
+    prune_generations(tmp_path, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000005", "CURRENT"]
+
+
+def test_a_search_in_progress_outlives_its_generation(tmp_path: Path) -> None:
+    index = VectorIndex.open(publish(tmp_path), FINGERPRINT)
+    before = index.search(make_vectors(3, seed=1)[1], 5)
+    for seed in (1, 2):
+        publish(tmp_path, seed=seed)
+        prune_generations(tmp_path, keep=1)
+    after = index.search(make_vectors(3, seed=1)[1], 5)
+    assert [ids.tolist() for ids, _ in before] == [ids.tolist() for ids, _ in after]
+
+
+def test_a_build_that_fails_leaves_the_current_generation_and_no_trace(tmp_path: Path) -> None:
+    first = publish(tmp_path)
+    with pytest.raises(IntegrityError, match="vectors came"), new_generation(tmp_path) as generation:
+        build_index(plan_index(301, DIM), lambda: [make_vectors(300)], generation)
+    assert current_generation(tmp_path) == first
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000001", "CURRENT"]
+
+
+def test_a_generation_without_a_sidecar_is_never_current(tmp_path: Path) -> None:
+    first = publish(tmp_path)
+    with pytest.raises(FinecoError, match=SIDECAR_FILE), new_generation(tmp_path) as generation:
+        build_index(plan_index(300, DIM), lambda: [make_vectors(300)], generation)
+    assert current_generation(tmp_path) == first
+
+
+KILLED_BUILD = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from indexes import build, generations
+from indexes.plan import plan_index
+moment, folder = sys.argv[1], Path(sys.argv[2])
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+class Half:
+    def __init__(self, file): self.file = file
+    def write(self, data):
+        self.file.write(data[: len(data) // 2]); self.file.flush(); die()
+if moment == "in the index file":
+    build._write = lambda faiss, index, path: faiss.write_index(
+        index, faiss.PyCallbackIOWriter(Half(path.open("wb")).write))
+elif moment == "before the sidecar":
+    generations.write_sidecar = die
+elif moment == "before the rename":
+    generations.fsync_folder = die
+elif moment == "before CURRENT":
+    generations.write_bytes, keep = (lambda p, d: die() if p.name == "CURRENT" else keep(p, d)), generations.write_bytes
+rows = np.random.default_rng(5).standard_normal((900, %d))
+rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+with generations.new_generation(folder) as generation:
+    report = build.build_index(plan_index(900, %d), lambda: [(np.arange(900), rows)], generation)
+    generations.write_sidecar(generation, report, "f" * 32, "uniform", {})
+"""
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "moment", ["in the index file", "before the sidecar", "before the rename", "before CURRENT", "never"]
+)
+def test_a_killed_build_leaves_the_old_index_searchable(tmp_path: Path, moment: str) -> None:
+    publish(tmp_path)
+    queries = make_vectors(5, seed=1)[1]
+    before = VectorIndex.open(current_generation(tmp_path), FINGERPRINT).search(queries, 10)
+    script = KILLED_BUILD % (DIM, DIM)
+    done = subprocess.run([sys.executable, "-c", script, moment, str(tmp_path)], cwd=ROOT, timeout=60)
+    index = VectorIndex.open(current_generation(tmp_path), FINGERPRINT)
+    if moment == "never":
+        assert done.returncode == 0 and len(index) == 900
+        return
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 3  # what the killed build left is there, beside the old one
+    after = index.search(queries, 10)
+    assert [ids.tolist() for ids, _ in after] == [ids.tolist() for ids, _ in before]
+    assert len(VectorIndex.open(publish(tmp_path, n=400), FINGERPRINT)) == 400
+    prune_generations(tmp_path, keep=1)
+    assert len(list(tmp_path.iterdir())) == 2  # the new one and CURRENT
