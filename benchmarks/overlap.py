@@ -4,7 +4,7 @@
 
 Makes a 720p h264 clip with B-frames (needs the ffmpeg command) unless one is given, and takes it several times. Three
 encoders: the built-in one; a stand-in for a GPU that takes as long as decoding does, but on no processor of this
-machine; and with --vit FOLDER one that needs the same processors as decoding, so that the sum is the least there can be.
+machine; and with --vit FOLDER one that needs the same processors as decoding, where the sum is the least possible.
 """
 
 from __future__ import annotations
