@@ -14,7 +14,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from open_clip_models import TINY, save_random_model
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from models.open_clip import OpenClipEncoder, frame_geometry, load_open_clip
 from models.open_clip_weights import Located, locate
 from models.registry import load_encoder
+from open_clip_models import TINY, save_random_model
 from pipeline.decoding.pixels import Resizer
 from pipeline.errors import IntegrityError
 from pipeline.types import FrameGeometry, UInt8, check_unit_rows

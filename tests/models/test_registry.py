@@ -16,10 +16,10 @@ from pathlib import Path
 import huggingface_hub
 import huggingface_hub.constants
 import pytest
-from open_clip_models import TINY, save_random_model
 
 from models import open_clip_weights as weights
 from models.registry import DEFAULT_MODEL, KINDS, list_cached_encoders, list_encoders, load_encoder
+from open_clip_models import TINY, save_random_model
 from pipeline.errors import FinecoError, IntegrityError, UsageError
 
 REPOSITORY, COMMIT = "timm/PE-Core-B-16", "0123456789abcdef0123456789abcdef01234567"
