@@ -30,7 +30,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.mode == "fps" and not 0 < self.value <= MAX_FPS:
             raise UsageError(f"--fps {self.value:g}: choose a rate above 0 and up to {MAX_FPS} frames a second")
-        if self.mode == "frames" and (self.value < 1 or self.value != int(self.value)):
+        if self.mode == "frames" and not (self.value >= 1 and float(self.value).is_integer()):
             raise UsageError(f"--frames {self.value:g}: choose a whole number of frames, 1 or more")
 
     def describe(self) -> str:
