@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.commands import Machine, Sources, index, run, search, select
@@ -198,13 +198,15 @@ def run_demo(folder: Path, n_videos: int, seed: int, machine: Machine) -> bool:
     answers = ask()
     _show(videos, answers)
     scores = {("caption", KEEP, "yes"): measure(videos, answers), ("caption", KEEP, "no"): measure(videos, ask(False))}
+    machine.say("The same with other selectors, and without re-scoring, for comparison")
+    hushed = replace(machine, quiet=True, say=lambda line: None)
     for selector, keep in (("uniform", KEEP), ("all", None)):
-        select(collection, SelectOptions(selector, keep), machine, encoder)
-        index(collection, machine=machine)
+        select(collection, SelectOptions(selector, keep), hushed, encoder)
+        index(collection, machine=hushed)
         scores[selector, keep or "all", "yes"] = measure(videos, ask())
         scores[selector, keep or "all", "no"] = measure(videos, ask(False))
-    select(collection, first_choice, machine, encoder)
-    index(collection, machine=machine)
+    select(collection, first_choice, hushed, encoder)
+    index(collection, machine=hushed)
     rows = [[*name, *score.cells()] for name, score in scores.items()]
     header = ["selector", "frames kept", "re-scored", "R@1", "R@5", "right moment"]
     write_stdout(f"\n{len(queries)} queries about combinations never seen in training\n\n" + format_table(rows, header))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from pipeline import store
@@ -95,7 +94,6 @@ def _rows_to_select(
 def _select_shard(writer: Writer, number: int, rows: dict[str, Row], selecting: Selecting, progress: Progress) -> None:
     path = writer.collection.open_file(f"{FEATURES}/{number:06d}.h5", writer.records)
     embeddings: list[tuple[store.StoredVideo, VideoEmbedding]] = []
-    started = time.monotonic()
     with store.FeaturesShard(path) as shard:
         for at, video_id in enumerate(shard.video_ids):
             if video_id in rows:
@@ -104,4 +102,3 @@ def _select_shard(writer: Writer, number: int, rows: dict[str, Row], selecting: 
                 progress.update(videos_done=1, video_seconds=float(shard.durations[at]))
     kind = f"{EMBEDDINGS}/{selecting.plan.name}"
     writer.commit("select", list(rows.values()), [(kind, lambda target: store.write_embeddings(target, embeddings))])
-    progress.note(f"{len(embeddings)} videos selected in {time.monotonic() - started:.1f} s")
