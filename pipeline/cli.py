@@ -5,6 +5,8 @@ Stages are imported inside the functions, so that `fineco --help` loads nothing 
 
 from __future__ import annotations
 
+import importlib.metadata
+import math
 import os
 import sys
 import traceback
@@ -26,6 +28,19 @@ FORMATS = ("table", "json", "jsonl", "csv", "paths")
 SOME_FAILED, NO_HIT = 3, 4
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Positive(click.FloatRange):
+    """A finite number above 0: a range alone lets NaN through."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Function], Function]:
@@ -58,7 +73,9 @@ sampling_options = options(
 )
 encoder_options = options(
     click.option("--model", help="Encoder: builtin, open_clip:ARCH[/TAG].  [default: open_clip:PE-Core-B-16]"),
-    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Of the encoder.  [default: auto]"),
+    click.option(
+        "--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Arithmetic of the encoder.  [default: auto]"
+    ),
     click.option(
         "--exact-resize", is_flag=True, default=None, help="Resize as the encoder's own preprocessing does (slower)."
     ),
@@ -72,15 +89,29 @@ work_options = options(
 )
 limit_options = options(
     click.option(
-        "--timeout", type=float, default=60.0, show_default=True, help="Seconds a decoder may make no progress."
+        "--timeout", type=Positive(), default=60.0, show_default=True, help="Seconds a decoder may make no progress."
     ),
-    click.option("--max-pixels", type=int, default=8192 * 4608, show_default=True, help="Largest frame."),
-    click.option("--max-memory", type=float, default=4.0, show_default=True, help="GiB a decoding process may take."),
+    click.option(
+        "--max-pixels",
+        type=click.IntRange(min=1),
+        default=8192 * 4608,
+        show_default=True,
+        help="Largest frame, width times height.",
+    ),
+    click.option(
+        "--max-memory", type=Positive(), default=4.0, show_default=True, help="GiB a decoding process may take."
+    ),
 )
 selection_options = options(
     click.option("--selector", type=click.Choice(SELECTORS), help="Which frames are kept.  [default: caption]"),
     click.option("--keep", help="How many: a share such as 0.25, or a number such as 8.  [default: 0.25]"),
     click.option("--topics", type=click.Path(path_type=Path), help="File of texts, one a line, for --selector topics."),
+)
+kind_option = click.option(
+    "--kind", type=click.Choice(["auto", "flat", "ivf"]), default="auto", show_default=True, help="What index to build."
+)
+format_option = click.option(
+    "--format", "form", type=click.Choice(FORMATS), default="table", show_default=True, help="How to print the results."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -97,10 +128,19 @@ class Context:
             click.echo(line, err=True)
 
 
+def _version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        try:
+            click.echo(f"fineco {importlib.metadata.version('fineco')}")
+        except importlib.metadata.PackageNotFoundError:
+            click.echo("fineco, not installed: run from its source folder")
+        context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("-v", "--verbose", count=True, help="Say more; -vv shows where an error came from.")
 @click.option("-q", "--quiet", is_flag=True, help="Say only results and errors.")
-@click.version_option(package_name="fineco")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 @click.pass_context
 def cli(context: click.Context, verbose: int, quiet: bool) -> None:
     """Make video collections searchable by text, offline.
@@ -177,9 +217,7 @@ def _finish(context: Context, summary: Summary, what: str, folder: Path) -> None
 @encoder_options
 @device_option
 @selection_options
-@click.option(
-    "--kind", type=click.Choice(["auto", "flat", "ivf"]), default="auto", show_default=True, help="Of the index."
-)
+@kind_option
 @work_options
 @limit_options
 @click.pass_obj
@@ -287,10 +325,8 @@ def select(
 
 @cli.command()
 @collection_option
-@click.option(
-    "--kind", type=click.Choice(["auto", "flat", "ivf"]), default="auto", show_default=True, help="Of the index."
-)
-@click.option("--memory", type=float, help="GiB the index may take.  [default: half of what is free]")
+@kind_option
+@click.option("--memory", type=Positive(), help="GiB the index may take.  [default: half of what is free]")
 @click.option("--force", is_flag=True, help="Build even if nothing changed.")
 @click.pass_obj
 def index(context: Context, folder: Path, kind: str, memory: float | None, force: bool) -> None:
@@ -307,7 +343,7 @@ def index(context: Context, folder: Path, kind: str, memory: float | None, force
 @click.option("-f", "--file", "query_file", type=click.Path(path_type=Path), help="File of queries, one a line.")
 @click.option("-k", "n_hits", type=click.IntRange(min=1), default=10, show_default=True, help="Hits per query.")
 @click.option("--threshold", type=float, help="Least score (cosine) of a hit.")
-@click.option("--format", "form", type=click.Choice(FORMATS), default="table", show_default=True)
+@format_option
 @click.option("--no-rerank", is_flag=True, help="Rank by pooled vectors only: no re-scoring, no moments.")
 @device_option
 @click.pass_obj
@@ -357,7 +393,7 @@ def status(folder: Path, as_json: bool) -> None:
 
 @cli.command()
 @collection_option
-@click.option("--format", "form", type=click.Choice(FORMATS), default="table", show_default=True)
+@format_option
 @click.option("--skipped", is_flag=True, help="Also files that were skipped: no video in them, or duplicates.")
 def failures(folder: Path, form: str, skipped: bool) -> None:
     """List the videos that failed, and why. `--format paths` gives names to look at or move away."""

@@ -397,6 +397,19 @@ class Writer:
     ) -> None:
         self._lock.__exit__(kind, error, traceback)
 
+    def newer_texts(self, kind: str, video_ids: set[str]) -> dict[str, tuple[TimedText, ...]]:
+        """Texts of some videos that were found after their data of this kind was made."""
+        texts = {}
+        places = self.state.places.get(kind, {})
+        for commit in self.collection.commits():
+            if commit.stage == "select":  # which looks at no file
+                continue
+            for row in commit.rows:
+                video_id = row.outcome.video_id
+                if row.outcome.status == "ok" and video_id in video_ids and commit.number > places[video_id].commit:
+                    texts[video_id] = row.texts
+        return texts
+
     def _remove_debris(self) -> None:
         """Removes what a process that died left: temporary files, and data files that no commit names."""
         folder = self.collection.folder

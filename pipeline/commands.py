@@ -61,8 +61,8 @@ class Sources:
     retry_failed: bool = False
 
     def check(self) -> None:
-        """Raises UsageError for a source that is not there, before anything is loaded or made."""
-        find_videos(self.sources, self.manifest)
+        """Raises UsageError for a source that is not there or has no videos, before anything is loaded or made."""
+        next(find_videos(self.sources, self.manifest), None)
 
     def __bool__(self) -> bool:
         return bool(self.sources or self.manifest)
@@ -147,12 +147,11 @@ def _stream(
     config = merge_config(collection.config if collection else {}, options)
     config.setdefault("model", encoder.spec.name if encoder else options.model or DEFAULT_MODEL)
     config.setdefault("exact_resize", False)
-    plan_check = None if select is None or collection is None else plan_selection(collection, select, change=False)
+    plan = None if select is None else plan_selection(collection, select, change=False)
     get_encoder = _EncoderOnDemand(config, collection, machine, encoder)
     if collection is None:
         get_encoder()  # a model that cannot be had must not leave a folder behind
         collection = Collection.create(folder, config)
-    plan = None if select is None else plan_check or plan_selection(collection, select, change=False)
     with Interrupts() as interrupts, collection.writing(this_command()) as writer:
         todo = _todo(writer, sources, "features", machine, interrupts)
         if plan is not None:
@@ -235,9 +234,10 @@ def select(
     with Interrupts() as interrupts, collection.writing(this_command()) as writer:
         if not writer.state.places.get("features"):
             raise UsageError(f"{folder} has no features to select from", "Run 'fineco run' or 'fineco embed' first.")
-        collection.use_selection(plan.name, plan.content)
         get_encoder = _EncoderOnDemand(collection.config, collection, machine, encoder)
-        return _select_missing(writer, plan, get_encoder, machine, interrupts)
+        n_selected = _select_missing(writer, plan, get_encoder, machine, interrupts)
+        collection.use_selection(plan.name, plan.content)  # not before: an index of half of the videos helps nobody
+        return n_selected
 
 
 def _select_missing(

@@ -16,7 +16,7 @@ from models.base import EncoderSpec
 from pipeline.collection import Collection
 from pipeline.errors import UsageError
 from pipeline.sampling import Sampling
-from pipeline.select import Keep, parse_keep
+from pipeline.select import SELECTORS, Keep, parse_keep
 
 DEFAULT_SAMPLING = Sampling("fps", 1.0)
 DEFAULT_SELECTOR = "caption"
@@ -107,27 +107,30 @@ def check_encoder(collection: Collection, spec: EncoderSpec, precision: str) -> 
         _refuse("precision", recorded["precision"], precision)
 
 
-def plan_selection(collection: Collection, options: SelectOptions, change: bool) -> SelectionPlan:
+def plan_selection(collection: Collection | None, options: SelectOptions, change: bool) -> SelectionPlan:
     """The selection a command means.
 
     Args:
+        collection: None for one that is still to be made.
         change: `select` may choose another one than is in use; `run` and `index` may not.
 
     Raises:
         UsageError: Options that do not go together, or that differ from the selection in use.
     """
-    name = collection.current_selection()
-    recorded = collection.selection(name) if name else {}
+    name = collection.current_selection() if collection else None
+    recorded = collection.selection(name) if collection and name else {}
     selector = options.selector or recorded.get("selector") or DEFAULT_SELECTOR
     same = selector == recorded.get("selector")
     keep = options.keep or (recorded.get("keep") if same else None) or DEFAULT_KEEP
     topics = options.topics if options.topics is not None else tuple(recorded.get("topics", ()) if same else ())
+    if selector not in SELECTORS:
+        raise UsageError(f"unknown selector {selector!r}", f"Choose one of {', '.join(SELECTORS)}.")
     if selector == "topics" and not topics:
         raise UsageError("selector topics needs a list of texts", "Give a file with one text a line: --topics FILE.")
     if topics and selector != "topics":
         raise UsageError(f"--topics goes with --selector topics, not {selector}")
     content = {"selector": selector, "keep": keep, "topics": list(topics)}
-    if recorded and recorded != content and not change:
+    if collection and recorded and recorded != content and not change:
         field = next(f for f in content if recorded.get(f) != content[f])
         raise UsageError(
             f"{field}: the selection in use was made with {recorded.get(field)}, the command says {content[field]}",

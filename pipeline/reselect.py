@@ -43,7 +43,7 @@ def select_stored(
     if not missing:
         return 0
     progress.set_total(len(missing))
-    newer_texts = _newer_texts(writer, missing)
+    newer_texts = writer.newer_texts(FEATURES, missing)
     selecting: Selecting | None = None
     for number in writer.collection.commit_numbers():
         commit = writer.collection.read_commit(number)
@@ -59,17 +59,6 @@ def select_stored(
         _select_shard(writer, number, rows, selecting, progress)
         interrupts.check()
     return len(missing)
-
-
-def _newer_texts(writer: Writer, missing: set[str]) -> dict[str, tuple[TimedText, ...]]:
-    """Texts that were found after the features were made."""
-    texts = {}
-    for commit in writer.collection.commits():
-        if commit.stage == "catalog":
-            for row in commit.rows:
-                if row.outcome.status == "ok" and row.outcome.video_id in missing:
-                    texts[row.outcome.video_id] = row.texts
-    return texts
 
 
 def _rows_to_select(

@@ -35,12 +35,13 @@ from pipeline.geometry import fit_pixels
 from pipeline.progress import Progress
 from pipeline.sampling import Sampling
 from pipeline.select import embed_video, select_frames
-from pipeline.todo import Counts, Todo
+from pipeline.todo import CHANGED, Counts, Todo
 from pipeline.types import DecodeLimits, FrameFeatures, FrameGeometry, Outcome, TimedText, UInt8, Video, VideoEmbedding
 
 SHARD_VIDEOS = 1000
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 60.0
+UNPACKED_FRAMES = 128  # at a time, of those that `decode` stored: a whole film would not fit in memory
 SKIP_CODES = frozenset({"no_video"})  # not a failure: there is nothing to index
 
 
@@ -306,7 +307,7 @@ def _changed(decoded: VideoDecoded) -> VideoFailed | None:
     """A failure if the file changed while it was read: its frames may be of two different videos."""
     if decoded.from_store or check_unchanged(decoded.video):
         return None
-    error = VideoError("changed", "the file changed while it was read; run again")
+    error = VideoError(CHANGED, "the file changed while it was read; run again")
     return VideoFailed(decoded.video, decoded.attempt, error, False, decoded.seconds)
 
 
@@ -352,8 +353,11 @@ def _stored_frames(writer: Writer, videos: Iterable[Video], geometry: FrameGeome
                 started = time.monotonic()
                 _, shard, rows = opened
                 frames = shard.frames(rows[video.video_id])
-                for seconds, data in zip(frames.pts_seconds.tolist(), threads.map(pixels, frames.jpegs), strict=True):
-                    yield DecodedFrame(video, 1, seconds, data)
+                for start in range(0, len(frames.jpegs), UNPACKED_FRAMES):
+                    some = slice(start, start + UNPACKED_FRAMES)
+                    unpacked = threads.map(pixels, frames.jpegs[some])
+                    for seconds, data in zip(frames.pts_seconds[some].tolist(), unpacked, strict=True):
+                        yield DecodedFrame(video, 1, seconds, data)
                 yield VideoDecoded(
                     video,
                     1,

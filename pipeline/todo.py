@@ -13,6 +13,7 @@ from pipeline.collection import FRAMES, Row, Writer
 from pipeline.types import Outcome, Video
 
 CATALOG_ROWS_PER_COMMIT = 10_000
+CHANGED = "changed"  # while it was read: that is no fault of the content, and is tried again without being asked
 
 
 @dataclass(slots=True)
@@ -97,6 +98,8 @@ class Todo:
     def _given_up(self, video: Video) -> str | None:
         """`failed` or `skipped` when that is what an earlier run made of this very content."""
         last = self._writer.state.latest.get(video.path)
+        if last is not None and last[3] == CHANGED:
+            return None
         known = self._writer.state.known.get(video.path)
         same = last is not None and known is not None and known.content == video.content
         return last[2] if same and last and last[2] in ("failed", "skipped") else None
@@ -119,10 +122,18 @@ class Todo:
 
 
 def _with_frames(writer: Writer) -> Iterator[Video]:
-    """The videos whose frames `decode` stored."""
-    places = writer.state.places.get(FRAMES, {})
+    """The videos whose frames `decode` stored, with the paths and texts last seen."""
+    state = writer.state
+    places = state.places.get(FRAMES, {})
+    texts = writer.newer_texts(FRAMES, set(places))
     for commit in writer.collection.commits():
         for row in commit.rows:
-            place = places.get(row.outcome.video_id)
-            if place is not None and place.commit == commit.number and row.outcome.status == "ok":
-                yield row.video()
+            video = row.video()
+            place = places.get(video.video_id)
+            if place is None or place.commit != commit.number or row.outcome.status != "ok":
+                continue
+            path = state.paths.get(video.video_id, video.path)
+            video = replace(video, path=path, texts=texts.get(video.video_id, video.texts))
+            if seen := state.known.get(path):
+                video = replace(video, size_bytes=seen.size_bytes, mtime_ns=seen.mtime_ns, ctime_ns=seen.ctime_ns)
+            yield video

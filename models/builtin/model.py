@@ -172,7 +172,7 @@ def load_builtin(device: str = "cpu", precision: str = "fp32") -> BuiltinEncoder
         model = DualEncoder(len(vocabulary) + 2)  # 0.03 s; on the meta device it would import dynamo and sympy: 5 s
         state = {name: t.float() if t.is_floating_point() else t for name, t in load_file(WEIGHTS).items()}
         model.load_state_dict(state, strict=True, assign=True)
-        sha256 = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+        sha256 = hashlib.sha256(WEIGHTS.read_bytes() + VOCABULARY.read_bytes()).hexdigest()  # both decide the vectors
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise IntegrityError(
