@@ -11,7 +11,8 @@ from typing import Any
 from indexes.generations import current_generation
 from models.base import Encoder
 from pipeline.catalog import find_videos
-from pipeline.collection import INDEX, Collection, Writer, this_command
+from pipeline.collection import Collection, Writer, this_command
+from pipeline.commits import INDEX
 from pipeline.config import (
     DEFAULT_FRAME_SIZE,
     EmbedOptions,

@@ -12,7 +12,8 @@ from indexes.build import IndexReport, build_index
 from indexes.generations import current_generation, new_generation, prune_generations, read_sidecar, write_sidecar
 from indexes.plan import plan_index
 from pipeline import store
-from pipeline.collection import EMBEDDINGS, INDEX, Row, Writer
+from pipeline.collection import Writer
+from pipeline.commits import EMBEDDINGS, INDEX, Row
 from pipeline.errors import FinecoError, UsageError
 from pipeline.search import LOOKUP_FILE, index_id
 from pipeline.types import Float32, Outcome

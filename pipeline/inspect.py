@@ -13,7 +13,8 @@ from typing import Any
 
 from indexes.generations import current_generation, read_sidecar
 from pipeline import store
-from pipeline.collection import EMBEDDINGS, FEATURES, FRAMES, INDEX, Collection, Row, State
+from pipeline.collection import Collection
+from pipeline.commits import EMBEDDINGS, FEATURES, FRAMES, INDEX, Row, State
 from pipeline.config import sampling_of
 from pipeline.doctor import examine, problems
 from pipeline.errors import FinecoError, IntegrityError

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipeline import store
-from pipeline.collection import EMBEDDINGS, FEATURES, Commit, Row, Writer
+from pipeline.collection import Writer
+from pipeline.commits import EMBEDDINGS, FEATURES, Commit, Row
 from pipeline.progress import Progress
 from pipeline.run import Interrupts, Selecting
 from pipeline.types import Outcome, TimedText, VideoEmbedding

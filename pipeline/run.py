@@ -26,7 +26,8 @@ from PIL import Image
 from models.base import Encoder
 from pipeline import store
 from pipeline.catalog import check_unchanged
-from pipeline.collection import EMBEDDINGS, FEATURES, FRAMES, Row, Writer, this_command
+from pipeline.collection import Writer, this_command
+from pipeline.commits import EMBEDDINGS, FEATURES, FRAMES, Row
 from pipeline.config import SelectionPlan
 from pipeline.decode import DecodedFrame, DecodeEvent, DecodePool, VideoDecoded, VideoFailed
 from pipeline.embed import FrameEmbedder, VideoEmbedded, encode_texts

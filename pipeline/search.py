@@ -17,7 +17,8 @@ from indexes.generations import current_generation, read_sidecar
 from indexes.search import VectorIndex
 from models.base import Encoder
 from pipeline import store
-from pipeline.collection import EMBEDDINGS, INDEX, Collection
+from pipeline.collection import Collection
+from pipeline.commits import EMBEDDINGS, INDEX
 from pipeline.errors import UsageError
 from pipeline.rescore import find_moments, rescore, score_frames
 from pipeline.types import Float32, Hit, VideoEmbedding

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.catalog import find_videos
-from pipeline.collection import FRAMES, Row, Writer
+from pipeline.collection import Writer
+from pipeline.commits import FRAMES, Row
 from pipeline.types import Outcome, Video
 
 CATALOG_ROWS_PER_COMMIT = 10_000

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.collection import Collection, Commit, Lock, Row, State
+from pipeline.collection import Collection
+from pipeline.commits import Commit, Row, State
 from pipeline.errors import FinecoError, IntegrityError, UsageError
 from pipeline.files import FileRecord, write_bytes
+from pipeline.lock import Lock
 from pipeline.types import Outcome, TimedText, Video
 
 ROOT = Path(__file__).parents[2]
@@ -215,7 +217,8 @@ KILL_SELF = """
             return result
         return wrapped
     os.fsync, os.replace = killing(os.fsync), killing(os.replace)
-    from pipeline.collection import Collection, Row
+    from pipeline.collection import Collection
+    from pipeline.commits import Row
     from pipeline.files import write_bytes
     from pipeline.types import Outcome
 """
@@ -281,7 +284,7 @@ def test_a_kill_while_a_collection_is_made_lets_the_same_command_make_it(tmp_pat
 HOLD = """
     import sys, time
     from pathlib import Path
-    from pipeline.collection import Lock
+    from pipeline.lock import Lock
     with Lock(Path(sys.argv[1]), "fineco run 'my videos'"):
         print("held", flush=True)
         time.sleep(60)
@@ -289,7 +292,7 @@ HOLD = """
 TRY = """
     import sys
     from pathlib import Path
-    from pipeline.collection import Lock
+    from pipeline.lock import Lock
     from pipeline.errors import FinecoError
     try:
         with Lock(Path(sys.argv[1]), "second"):
