@@ -30,41 +30,55 @@ class NotAsExpectedError(Exception):
     """The stream broke a rule that skipping rests on; decode the plain way."""
 
 
-def _first_slice_type(packet: Any, nal_length_size: int, hevc: bool) -> int | None:
-    """The NAL unit type of the packet's first slice; None when there is none or the packet does not parse."""
-    data = memoryview(packet)
-    position, end = 0, len(data)
-    while position < end:
+def _leading_units(packet: Any, nal_length_size: int, hevc: bool) -> Iterator[tuple[int, bytes]]:
+    """(type, bytes) of the packet's NAL units up to its first slice; fewer when the packet does not parse."""
+    data = bytes(packet)
+    position = 0
+    while position < len(data):
         if nal_length_size:
             start = position + nal_length_size
-            size = int.from_bytes(data[position:start], "big")
-            position = start + size
+            end = start + int.from_bytes(data[position:start], "big")
         else:  # Annex B: after 00 00 01
-            start = bytes(data[position : position + 4096]).find(b"\x00\x00\x01")
-            if start < 0:
-                return None
-            start += position + 3
-            position = start
-        if start >= end:
-            return None
+            start = data.find(b"\x00\x00\x01", position) + 3
+            if start < 3:
+                return
+            end = data.find(b"\x00\x00\x01", start)
+            end = len(data) if end < 0 else end
+        if start >= len(data):
+            return
+        position = end
         kind = (data[start] >> 1) & 0x3F if hevc else data[start] & 0x1F
+        yield kind, data[start:end]
         if kind < 32 if hevc else 1 <= kind <= 5:
-            return int(kind)
-    return None
+            return
 
 
 def _random_access_test(stream: Any) -> Callable[[Any], bool]:
-    """A function telling whether decoding can start afresh at a packet with nothing before it mattering."""
+    """A function telling whether decoding can start afresh at a packet with nothing before it mattering. It raises
+    NotAsExpectedError where the stream changes its parameters: later groups may need what a dropped packet says."""
     name, extradata = stream.codec_context.name, stream.codec_context.extradata or b""
     if name in RESETTING_CODECS:
         return lambda packet: bool(packet.is_keyframe)
-    if name == "h264":
-        size = (extradata[4] & 3) + 1 if len(extradata) > 6 and extradata[0] == 1 else 0
-        return lambda packet: bool(packet.is_keyframe) and _first_slice_type(packet, size, False) == H264_IDR
-    if name == "hevc":
-        size = (extradata[21] & 3) + 1 if len(extradata) > 22 and extradata[0] == 1 else 0
-        return lambda packet: bool(packet.is_keyframe) and _first_slice_type(packet, size, True) in HEVC_IDR_OR_BLA
-    return lambda packet: False
+    if name not in ("h264", "hevc"):
+        return lambda packet: False
+    hevc = name == "hevc"
+    restarts, parameter_sets = (HEVC_IDR_OR_BLA, range(32, 35)) if hevc else ((H264_IDR,), range(7, 9))
+    at = 21 if hevc else 4  # of the length size in hvcC and avcC
+    size = (extradata[at] & 3) + 1 if len(extradata) > at + 2 and extradata[0] == 1 else 0
+    known: list[bytes] = []  # where a parameter set may be: the extradata and those of the first keyframe
+
+    def restarts_at(packet: Any) -> bool:
+        if not packet.is_keyframe:
+            return False
+        units = list(_leading_units(packet, size, hevc))
+        found = [unit.rstrip(b"\x00") for kind, unit in units if kind in parameter_sets]
+        if not known:
+            known.extend((extradata, *found))
+        if not all(any(unit in place for place in known) for unit in found):
+            raise NotAsExpectedError
+        return bool(units) and units[-1][0] in restarts
+
+    return restarts_at
 
 
 class _Skipper:
@@ -100,7 +114,8 @@ class _Skipper:
             if self._last_dts is not None and dts <= self._last_dts:
                 raise NotAsExpectedError
             self._last_dts = dts
-        if self._held and self._restarts_at(packet):
+        restarts = self._restarts_at(packet)
+        if restarts and self._held:
             yield from self._end_group()
         self._number += 1
         self._held.append((self._number, packet))

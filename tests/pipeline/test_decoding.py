@@ -8,6 +8,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -158,6 +159,45 @@ def test_frames_of_avi_without_presentation_times_come_in_the_order_they_are_sho
     shown = plain_frames(encode_video(tmp_path / "a.mp4", gop=30, b_frames=3, options={"x264-params": "b-adapt=0"}))
     for sampling in (Sampling("fps", 1000.0), Sampling("fps", 2.0), Sampling("frames", 5)):
         assert_same(sampled(path, sampling)[0], expected_samples(shown, sampling))
+
+
+def in_one_file(path: Path, first: Path, second: Path) -> Path:
+    """Two recordings in one MP4: the second's parameter sets stand before its first picture and nowhere else."""
+    with av.open(str(first)) as a, av.open(str(second)) as b, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(a.streams.video[0])
+        end = 0
+        for packet in a.demux(video=0):
+            if packet.dts is not None and packet.duration is not None:
+                end = max(end, (packet.pts or 0) + packet.duration)
+                packet.stream = stream
+                target.mux(packet)
+        record, prefix = b.streams.video[0].codec_context.extradata or b"", b""
+        position = 6  # avcC: one sequence parameter set, a count, one picture parameter set
+        for _ in range(2):
+            size = int.from_bytes(record[position : position + 2], "big")
+            prefix += size.to_bytes(4, "big") + record[position + 2 : position + 2 + size]
+            position += size + 3
+        for packet in b.demux(video=0):
+            if packet.dts is not None and packet.pts is not None:
+                copy = av.Packet(prefix + bytes(packet))
+                copy.pts, copy.dts, copy.time_base = packet.pts + end, packet.dts + end, packet.time_base
+                copy.duration, copy.is_keyframe, copy.stream = packet.duration, packet.is_keyframe, stream
+                target.mux(copy)
+                prefix = b""
+    return path
+
+
+def test_parameters_that_change_in_a_part_without_samples_are_not_lost(tmp_path: Path) -> None:
+    """The group that brings them is dropped, and those behind it decode without an error, to other colours."""
+    first = encode_video(tmp_path / "a.mp4", n_frames=69, gop=10, b_frames=2)
+    second = encode_video(
+        tmp_path / "b.mp4", n_frames=60, gop=6, b_frames=2, options={"x264-params": "chroma-qp-offset=6"}
+    )
+    path = in_one_file(tmp_path / "c.mp4", first, second)
+    frames = plain_frames(path)
+    assert len(frames) == 129
+    for sampling in SAMPLINGS.values():
+        assert_same(sampled(path, sampling)[0], expected_samples(frames, sampling))
 
 
 def upright(path: Path, geometry: FrameGeometry) -> UInt8:
