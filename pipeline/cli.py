@@ -5,9 +5,10 @@ Stages are imported inside the functions, so that `fineco --help` loads nothing 
 
 from __future__ import annotations
 
-import importlib.metadata
+import contextlib
 import math
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -30,17 +31,17 @@ SOME_FAILED, NO_HIT = 3, 4
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class Positive(click.FloatRange):
-    """A finite number above 0: a range alone lets NaN through."""
-
-    def __init__(self) -> None:
-        super().__init__(min=0, min_open=True)
+class Finite(click.FloatRange):
+    """A finite number: a range alone lets NaN through."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+POSITIVE = Finite(min=0, min_open=True)
 
 
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Function], Function]:
@@ -89,7 +90,7 @@ work_options = options(
 )
 limit_options = options(
     click.option(
-        "--timeout", type=Positive(), default=60.0, show_default=True, help="Seconds a decoder may make no progress."
+        "--timeout", type=POSITIVE, default=60.0, show_default=True, help="Seconds a decoder may make no progress."
     ),
     click.option(
         "--max-pixels",
@@ -99,7 +100,7 @@ limit_options = options(
         help="Largest frame, width times height.",
     ),
     click.option(
-        "--max-memory", type=Positive(), default=4.0, show_default=True, help="GiB a decoding process may take."
+        "--max-memory", type=POSITIVE, default=4.0, show_default=True, help="GiB a decoding process may take."
     ),
 )
 selection_options = options(
@@ -119,37 +120,52 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 class Context:
     """What -v and -q say."""
 
-    def __init__(self, verbose: int, quiet: bool) -> None:
-        self.verbose, self.quiet = verbose, quiet
+    verbose = quiet = False
 
     def say(self, line: str) -> None:
         """A note on standard error."""
         if not self.quiet:
-            click.echo(line, err=True)
+            _complain(line)
+
+
+def _complain(line: str) -> None:
+    """A line on standard error. A reader that went away, as `2>&1 | head` does, must not end a run."""
+    with contextlib.suppress(OSError):
+        click.echo("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in line), err=True)
 
 
 def _version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
         try:
-            click.echo(f"fineco {importlib.metadata.version('fineco')}")
-        except importlib.metadata.PackageNotFoundError:
-            click.echo("fineco, not installed: run from its source folder")
+            click.echo(f"fineco {version('fineco')}")
+        except PackageNotFoundError:
+            click.echo("fineco (not installed: run from its source folder)")
         context.exit()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("-v", "--verbose", count=True, help="Say more; -vv shows where an error came from.")
-@click.option("-q", "--quiet", is_flag=True, help="Say only results and errors.")
+class Commands(click.Group):
+    """Lists the commands in the order in which they are used, not by the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("-v", "--verbose", count=True, help="Show where an error came from.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only results and errors.")
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 @click.pass_context
 def cli(context: click.Context, verbose: int, quiet: bool) -> None:
     """Make video collections searchable by text, offline.
 
     \b
-    fineco run my-videos/ -c kitchen          decode, embed, select frames, index
-    fineco search "someone whisks eggs" -c kitchen
+    fineco run my-videos/ -c kitchen                   decode, embed, select, index
+    fineco search "someone whisks eggs" -c kitchen     find videos and moments
     """
-    context.obj = Context(verbose, quiet)
+    said = context.ensure_object(Context)
+    said.verbose, said.quiet = bool(verbose), quiet
 
 
 def _sampling(fps: float | None, n_frames: int | None, keyframes: bool) -> Any:
@@ -178,10 +194,10 @@ def _machine(context: Context, device: str = "auto", **given: Any) -> Machine:
     return Machine(device, given.get("workers"), given.get("batch_size"), limits, context.quiet, context.say)
 
 
-def _sources(sources: tuple[str, ...], manifest: Path | None, retry_failed: bool) -> Sources:
+def _sources(given: dict[str, Any]) -> Sources:
     from pipeline.commands import Sources
 
-    return Sources(sources, manifest, retry_failed)
+    return Sources(given["sources"], given["manifest"], given["retry_failed"])
 
 
 def _embed_options(given: dict[str, Any]) -> EmbedOptions:
@@ -193,12 +209,12 @@ def _embed_options(given: dict[str, Any]) -> EmbedOptions:
     )
 
 
-def _select_options(selector: str | None, keep: str | None, topics: Path | None) -> SelectOptions:
+def _select_options(given: dict[str, Any]) -> SelectOptions:
     from pipeline.config import SelectOptions, read_lines
 
-    if topics is not None and selector is None:
-        selector = "topics"
-    return SelectOptions(selector, keep, read_lines(topics, "topic") if topics else None)
+    topics = given["topics"]
+    selector = given["selector"] or ("topics" if topics else None)
+    return SelectOptions(selector, given["keep"], read_lines(topics, "topic") if topics else None)
 
 
 def _finish(context: Context, summary: Summary, what: str, folder: Path) -> None:
@@ -206,7 +222,7 @@ def _finish(context: Context, summary: Summary, what: str, folder: Path) -> None
     for line in summary.lines(what):
         context.say(line)
     if summary.any_failed:
-        context.say(f"Some videos failed: fineco failures -c {folder}")
+        context.say(f"Some videos failed: fineco failures -c {shlex.quote(str(folder))}")
         sys.exit(SOME_FAILED)
 
 
@@ -221,20 +237,7 @@ def _finish(context: Context, summary: Summary, what: str, folder: Path) -> None
 @work_options
 @limit_options
 @click.pass_obj
-def run(
-    context: Context,
-    /,
-    sources: tuple[str, ...],
-    manifest: Path | None,
-    retry_failed: bool,
-    folder: Path,
-    device: str,
-    selector: str | None,
-    keep: str | None,
-    topics: Path | None,
-    kind: str,
-    **given: Any,
-) -> None:
+def run(context: Context, /, folder: Path, device: str, kind: str, **given: Any) -> None:
     """Do the whole job: decode, embed, select frames, build the index.
 
     VIDEOS are files, folders, quoted patterns, or a manifest (.jsonl, .csv). Text beside a video (clip.txt, .srt, .vtt,
@@ -244,9 +247,9 @@ def run(
 
     summary = commands.run(
         folder,
-        _sources(sources, manifest, retry_failed),
+        _sources(given),
         _embed_options(given),
-        _select_options(selector, keep, topics),
+        _select_options(given),
         _machine(context, device, **given),
         kind,
     )
@@ -261,9 +264,7 @@ def run(
 @click.option("--workers", type=click.IntRange(min=1), help="Decoding processes.  [default: one per processor]")
 @limit_options
 @click.pass_obj
-def decode(
-    context: Context, /, sources: tuple[str, ...], manifest: Path | None, retry_failed: bool, folder: Path, **given: Any
-) -> None:
+def decode(context: Context, /, folder: Path, **given: Any) -> None:
     """Only decode: store sampled frames as JPEG, for `embed`.
 
     Of use when frames are to be embedded by several encoders, or on another machine; `run` needs no frames on disk.
@@ -271,7 +272,7 @@ def decode(
     from pipeline import commands
 
     machine = _machine(context, **given)
-    summary = commands.decode(folder, _sources(sources, manifest, retry_failed), _embed_options(given), machine)
+    summary = commands.decode(folder, _sources(given), _embed_options(given), machine)
     _finish(context, summary, "decoded", folder)
 
 
@@ -284,16 +285,7 @@ def decode(
 @work_options
 @limit_options
 @click.pass_obj
-def embed(
-    context: Context,
-    /,
-    sources: tuple[str, ...],
-    manifest: Path | None,
-    retry_failed: bool,
-    folder: Path,
-    device: str,
-    **given: Any,
-) -> None:
+def embed(context: Context, /, folder: Path, device: str, **given: Any) -> None:
     """Only embed: compute the features of every sampled frame.
 
     Uses the frames that `decode` stored; VIDEOS without stored frames are decoded on the way.
@@ -301,7 +293,7 @@ def embed(
     from pipeline import commands
 
     machine = _machine(context, device, **given)
-    summary = commands.embed(folder, _sources(sources, manifest, retry_failed), _embed_options(given), machine)
+    summary = commands.embed(folder, _sources(given), _embed_options(given), machine)
     _finish(context, summary, "embedded", folder)
 
 
@@ -310,27 +302,29 @@ def embed(
 @selection_options
 @device_option
 @click.pass_obj
-def select(
-    context: Context, folder: Path, selector: str | None, keep: str | None, topics: Path | None, device: str
-) -> None:
-    """Choose frames again, with another selector, without decoding or embedding.
+def select(context: Context, /, folder: Path, device: str, **given: Any) -> None:
+    """Choose frames again, without decoding or embedding.
 
     Run `fineco index` afterwards. Each selection is kept; choosing one that is there takes no time.
     """
     from pipeline import commands
 
-    n = commands.select(folder, _select_options(selector, keep, topics), _machine(context, device))
-    context.say(f"{n} videos selected. Now: fineco index -c {folder}")
+    n = commands.select(folder, _select_options(given), _machine(context, device))
+    done = f"Frames of {n} videos chosen." if n else "Every video has this selection already; it is in use."
+    context.say(f"{done} Now: fineco index -c {shlex.quote(str(folder))}")
 
 
 @cli.command()
 @collection_option
 @kind_option
-@click.option("--memory", type=Positive(), help="GiB the index may take.  [default: half of what is free]")
+@click.option("--memory", type=POSITIVE, help="GiB the index may take.  [default: half of what is free]")
 @click.option("--force", is_flag=True, help="Build even if nothing changed.")
 @click.pass_obj
 def index(context: Context, folder: Path, kind: str, memory: float | None, force: bool) -> None:
-    """Build the index of the selection in use; videos whose file is gone leave it."""
+    """Build the index of the selection in use.
+
+    Videos whose file is gone leave it, and come back when their file does and `run` finds it.
+    """
     from pipeline import commands
 
     memory_bytes = None if memory is None else int(memory * (1 << 30))
@@ -342,7 +336,7 @@ def index(context: Context, folder: Path, kind: str, memory: float | None, force
 @collection_option
 @click.option("-f", "--file", "query_file", type=click.Path(path_type=Path), help="File of queries, one a line.")
 @click.option("-k", "n_hits", type=click.IntRange(min=1), default=10, show_default=True, help="Hits per query.")
-@click.option("--threshold", type=float, help="Least score (cosine) of a hit.")
+@click.option("--threshold", type=Finite(), help="Least score (cosine) of a hit.")
 @format_option
 @click.option("--no-rerank", is_flag=True, help="Rank by pooled vectors only: no re-scoring, no moments.")
 @device_option
@@ -383,7 +377,7 @@ def search(
 @collection_option
 @json_option
 def status(folder: Path, as_json: bool) -> None:
-    """Say what is in a collection and whether everything is up to date."""
+    """Say what is in a collection, and whether it is up to date."""
     from pipeline.inspect import status_of, status_text
     from pipeline.output import to_json, write_stdout
 
@@ -407,9 +401,10 @@ def failures(folder: Path, form: str, skipped: bool) -> None:
 @collection_option
 @json_option
 def verify(folder: Path, as_json: bool) -> None:
-    """Read every byte of a collection and check it; prints a digest of its content.
+    """Check every byte of a collection, and print a digest of it.
 
-    Two collections with the same videos, features and selection have the same digest, however they came about.
+    Exits 1 when something is damaged, and names the file. Two collections with the same videos, features and selection
+    have the same digest, however they came about.
     """
     from pipeline.inspect import verify_collection, verify_text
     from pipeline.output import to_json, write_stdout
@@ -423,7 +418,10 @@ def verify(folder: Path, as_json: bool) -> None:
 @cli.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Examine this machine: versions, devices, models at hand, and a cure for every problem."""
+    """Examine this machine, with a cure for every problem.
+
+    Versions, devices, models at hand, file locking. Exits 1 when there is a problem.
+    """
     from pipeline.inspect import doctor_report
     from pipeline.output import write_stdout
 
@@ -442,7 +440,10 @@ def doctor(as_json: bool) -> None:
 @click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per processor]")
 @click.pass_obj
 def demo(context: Context, folder: Path, videos: int, seed: int, workers: int | None) -> None:
-    """Render videos, run the whole pipeline on them with the built-in encoder, search them, and measure the answers."""
+    """Try everything on rendered videos, and measure the answers.
+
+    With the built-in encoder, which knows nothing but what is rendered here. Needs neither a network nor a GPU.
+    """
     from pipeline.demo import run_demo
 
     if not run_demo(folder, videos, seed, _machine(context, "cpu", workers=workers)):
@@ -450,31 +451,38 @@ def demo(context: Context, folder: Path, videos: int, seed: int, workers: int | 
 
 
 def main() -> None:
-    """The `fineco` command. Every error is one line or two; a traceback only with -vv."""
-    verbose = sum(len(a) - 1 for a in sys.argv[1:] if a.startswith("-v") and set(a[1:]) == {"v"}) >= 2
+    """The `fineco` command. Every error is one line or two; a traceback only with -v."""
+    context = Context()
     try:
-        cli(standalone_mode=False)
+        cli(sys.argv[1:] or ["--help"], prog_name="fineco", obj=context, standalone_mode=False)
         sys.stdout.flush()
-    except click.ClickException as error:
-        error.show()
+    except click.UsageError as error:
+        _complain(f"error: {error.format_message()}\n  {_usage_hint(error)}")
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped", err=True)
+        _complain("error: stopped")
         sys.exit(130)
     except FinecoError as error:
-        if verbose:
+        if context.verbose:
             traceback.print_exc()
-        click.echo(f"error: {error}", err=True)
+        _complain(f"error: {error}")
         sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
     except Exception as error:
-        if verbose:
+        if context.verbose:
             traceback.print_exc()
-        click.echo(f"error: unexpected {type(error).__name__}: {error}", err=True)
-        click.echo("  This is a fault in fineco; 'fineco -vv ...' shows where.", err=True)
+        first_line = str(error).strip().partition("\n")[0]
+        _complain(f"error: unexpected {type(error).__name__}: {first_line}")
+        _complain("  This is a fault in fineco; 'fineco -v ...' shows where.")
         sys.exit(1)
+
+
+def _usage_hint(error: click.UsageError) -> str:
+    if isinstance(error, click.NoSuchOption) and error.option_name in ("-q", "--quiet", "-v", "--verbose"):
+        return f"It goes before the command: fineco {error.option_name} COMMAND ..."
+    return f"See '{error.ctx.command_path if error.ctx else 'fineco'} --help'."
 
 
 if __name__ == "__main__":

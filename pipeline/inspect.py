@@ -17,9 +17,9 @@ from pipeline.collection import Collection
 from pipeline.commits import EMBEDDINGS, FEATURES, FRAMES, INDEX, Row, State
 from pipeline.config import sampling_of
 from pipeline.doctor import examine, problems
-from pipeline.errors import FinecoError, IntegrityError
+from pipeline.errors import FinecoError, IntegrityError, UsageError
 from pipeline.files import FileRecord, check_file
-from pipeline.output import format_table, to_json
+from pipeline.output import format_table, number_of, to_json, visible
 from pipeline.search import LOOKUP_FILE
 
 SHARDS: dict[str, type[store.Shard]] = {
@@ -48,8 +48,10 @@ def status_of(folder: Path) -> dict[str, Any]:
         index = {"generation": generation.name, "selection": sidecar.selection, **sidecar.report.to_json()}
         fresh = selection is not None and sidecar.extra.get("content") == state.index_content(selection)
         index["up_to_date"] = fresh and sidecar.selection == selection
-    except FinecoError:
-        pass
+    except UsageError:
+        pass  # none yet
+    except FinecoError as error:
+        index = {"problem": error.message}
     return {
         "collection": str(folder),
         "encoder": collection.encoder and {k: collection.encoder[k] for k in ("name", "fingerprint", "precision")},
@@ -74,21 +76,23 @@ def status_text(content: dict[str, Any]) -> str:
         ("encoder", f"{encoder['name']}, {encoder['precision']}" if encoder else "none yet"),
         ("sampling", content["sampling"]),
         ("videos", videos),
-        ("features", f"{content['with_features']} videos" + _frames_text(content)),
-        ("selection", f"{selection['name']}, {selection['videos']} videos" if selection else "none yet"),
+        ("features", number_of(content["with_features"], "video") + _frames_text(content)),
+        ("selection", f"{selection['name']}, {number_of(selection['videos'], 'video')}" if selection else "none yet"),
     ]
-    if index:
+    if index and "problem" in index:
+        lines.append(("index", f"damaged: {index['problem']}: run 'fineco index --force'"))
+    elif index:
         fresh = "up to date" if index["up_to_date"] else "out of date: run 'fineco index'"
         recall = f"recall@10 {index['recall_at_10']:.3f}"
-        lines.append(("index", f"{index['factory']}, {index['n_vectors']} videos, {recall}, {fresh}"))
+        lines.append(("index", f"{index['factory']}, {number_of(index['n_vectors'], 'video')}, {recall}, {fresh}"))
     else:
-        lines.append(("index", "none yet: run 'fineco index'"))
-    lines.append(("on disk", f"{content['bytes'] / 1e6:.1f} MB in {content['commits']} commits"))
+        lines.append(("index", f"none yet: run 'fineco {'index' if selection and selection['videos'] else 'run'}'"))
+    lines.append(("on disk", f"{content['bytes'] / 1e6:.1f} MB in {number_of(content['commits'], 'commit')}"))
     if content["failure_codes"]:
         codes = ", ".join(f"{n} {code}" for code, n in content["failure_codes"].items())
         lines.append(("failures", f"{codes}: see 'fineco failures'"))
     width = max(len(name) for name, _ in lines)
-    return "".join(f"{name:<{width}}  {value}\n" for name, value in lines)
+    return "".join(f"{name:<{width}}  {visible(value)}\n" for name, value in lines)
 
 
 def _frames_text(content: dict[str, Any]) -> str:
@@ -139,7 +143,7 @@ def verify_collection(folder: Path) -> dict[str, Any]:
     found: list[str] = []
     state = State()
     records: dict[str, FileRecord] = {}
-    for number in collection.commit_numbers():
+    for number in range(1, max(collection.commit_numbers(), default=0) + 1):  # one that is missing is damage too
         try:
             commit = collection.read_commit(number)
         except IntegrityError as error:
@@ -154,6 +158,11 @@ def verify_collection(folder: Path) -> dict[str, Any]:
             lines += _shard_lines(folder / name, name, state)
         except FinecoError as error:
             found.append(error.message)
+    try:
+        if selection := collection.current_selection():
+            collection.selection(selection)
+    except FinecoError as error:
+        found.append(error.message)
     n_index = _verify_index(folder, found)
     digest = hashlib.sha256(b"".join(sorted(lines))).hexdigest()
     return {
@@ -217,11 +226,11 @@ def _verify_index(folder: Path, found: list[str]) -> int | None:
 def verify_text(content: dict[str, Any]) -> str:
     """The verification for a person."""
     indexed = "no index" if content["indexed"] is None else f"{content['indexed']} in the index"
-    lines = [f"{content['files']} files, {content['bytes'] / 1e6:.1f} MB, {content['videos']} videos, {indexed}"]
-    lines += [f"problem: {problem}" for problem in content["problems"]]
-    lines.append(
-        "everything is as it was written" if not content["problems"] else f"{len(content['problems'])} problems"
-    )
+    files, videos = number_of(content["files"], "file"), number_of(content["videos"], "video")
+    found = content["problems"]
+    lines = [f"{files}, {content['bytes'] / 1e6:.1f} MB, {videos}, {indexed}"]
+    lines += [f"problem: {visible(problem)}" for problem in found]
+    lines.append(number_of(len(found), "problem") if found else "everything is as it was written")
     lines.append(f"digest {content['digest']}")
     return "\n".join(lines) + "\n"
 

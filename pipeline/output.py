@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pipeline.errors import FinecoError
 from pipeline.types import Hit, Moment
 
 FORMATS = ("table", "json", "jsonl", "csv", "paths")
@@ -98,10 +100,26 @@ def format_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
 
 
 def write_stdout(text: str) -> None:
-    """Writes to standard output, with file names byte for byte as they are on disk."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
-    sys.stdout.buffer.flush()
+    """Writes to standard output, with file names byte for byte as they are on disk.
+
+    Raises:
+        BrokenPipeError: The reader went away.
+        FinecoError: The disk is full, or the like.
+    """
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter tries once more at its end
+        raise FinecoError(f"cannot write the results: {error.strerror or error}") from error
+
+
+def number_of(count: int, noun: str) -> str:
+    """`1 video`, `2 videos`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def to_json(content: Any) -> str:
