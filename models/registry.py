@@ -63,6 +63,15 @@ def load_encoder(name: str, device: str = "auto", precision: str = "auto") -> En
     return KINDS[kind](choice, device, precision)
 
 
+def cautions(name: str) -> list[str]:
+    """What a user of this encoder should know before trusting its answers."""
+    if name != "builtin":
+        return []
+    from models.builtin.model import ABOUT
+
+    return [ABOUT]
+
+
 def list_encoders() -> list[str]:
     """Every name `load_encoder` knows, without tags and folders. Imports neither torch nor open_clip."""
     return ["builtin", *(f"open_clip:{architecture}" for architecture in architectures())]

@@ -80,12 +80,14 @@ class _EncoderOnDemand:
     def __call__(self) -> Encoder:
         if self._encoder is None:
             from models.device import device_summary
-            from models.registry import load_encoder
+            from models.registry import cautions, load_encoder
 
             name = self._config["model"]
             self._encoder = load_encoder(name, self._machine.device, self._config.get("precision", "auto"))
             where = device_summary(self._encoder.device, self._encoder.precision)
             self._machine.say(f"Encoder {self._encoder.spec.name} on {where}")
+            for caution in cautions(self._encoder.spec.name):
+                self._machine.say(f"  {caution}")
         if self._collection is not None:
             check_encoder(self._collection, self._encoder.spec, self._encoder.precision)
         return self._encoder

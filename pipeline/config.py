@@ -7,7 +7,6 @@ both values. So the same command resumes, and a shorter one does too.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,9 +157,3 @@ def read_lines(path: Path, what: str) -> tuple[str, ...]:
     if not lines:
         raise UsageError(f"{path}: no {what} in it", f"Give a text file with one {what} a line.")
     return lines
-
-
-def describe_texts(texts: Sequence[str], limit: int = 3) -> str:
-    """A few texts for a line of the log."""
-    shown = ", ".join(repr(text) for text in texts[:limit])
-    return shown + (f" and {len(texts) - limit} more" if len(texts) > limit else "")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import queue
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -85,6 +86,7 @@ class FrameEmbedder:
         self._encoder = encoder
         self.batch_size = batch_size
         self._capacity = batch_size  # what fits the device, as far as is known
+        self.waited_seconds = 0.0  # for frames, with nothing to encode
 
     def embed(self, events: Iterable[DecodeEvent], stop: threading.Event) -> Iterator[EmbedEvent]:
         """Embeds decoded frames until the events end or `stop` is set.
@@ -117,10 +119,13 @@ class FrameEmbedder:
         feeder.start()
         try:
             while not stop.is_set():
+                asked = time.monotonic()
                 try:
                     item = items.get(timeout=POLL_SECONDS)
                 except queue.Empty:
                     continue
+                finally:
+                    self.waited_seconds += time.monotonic() - asked
                 if item is None:
                     return
                 if isinstance(item, BaseException):

@@ -292,6 +292,10 @@ def run_videos(
     finally:
         shard.flush()
         summary.elapsed_seconds = time.monotonic() - started
+    if summary.n_ok and summary.elapsed_seconds > SHARD_SECONDS:
+        share = embedder.waited_seconds / summary.elapsed_seconds
+        bound = "decoding: more processors or --workers help" if share > 0.5 else "the encoder"
+        summary.notes.append(f"the encoder waited {share:.0%} of the time for frames; the run was bound by {bound}")
     if embedder.halved_to:
         summary.notes.append(f"the device ran out of memory; batches of {embedder.halved_to} frames fit")
     return summary

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -137,8 +136,3 @@ class Searcher:
                 self._shards.pop(next(iter(self._shards))).close()
         self._shards[number] = shard  # last used last
         return shard
-
-
-def open_collection(folder: Path, encoder: Encoder) -> Searcher:
-    """A collection ready to be searched."""
-    return Searcher(Collection(folder), encoder)

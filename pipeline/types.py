@@ -115,22 +115,6 @@ class DecodeLimits:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class FrameBatch:
-    """Frames of one video: `frames` (N, H, W, 3) uint8 RGB, `pts_seconds` (N,) float64, non-decreasing."""
-
-    video_id: str
-    frames: UInt8
-    pts_seconds: Float64
-
-    def __post_init__(self) -> None:
-        check_shape("frames", self.frames, (None, None, None, 3), np.uint8)
-        check_times("pts_seconds", self.pts_seconds, len(self.frames))
-
-    def __repr__(self) -> str:
-        return f"FrameBatch({self.video_id!r}, frames {self.frames.shape})"
-
-
-@dataclass(frozen=True, slots=True, repr=False)
 class FrameFeatures:
     """Features of every sampled frame: `features` (N, D) float32 unit rows, `pts_seconds` (N,) float64.
 

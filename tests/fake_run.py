@@ -1,4 +1,4 @@
-"""`fineco run` with the fake encoder, a process that a test can kill: fake_run.py VIDEOS COLLECTION SECONDS_PER_BATCH."""
+"""`fineco run` with the fake encoder, in a process that a test can kill: fake_run.py VIDEOS COLLECTION SECONDS."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from models.base import EncoderSpec
 from pipeline.errors import IntegrityError
 from pipeline.types import Float32, FrameGeometry, UInt8
 
-ABOUT = "it knows only rendered shapes (their colour, size, place and motion); use open_clip for real footage"
+ABOUT = "it knows only rendered shapes (colour, size, place, motion): choose an open_clip model for real footage"
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 VOCABULARY = Path(__file__).with_name("vocabulary.json")
 

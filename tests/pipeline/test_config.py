@@ -14,7 +14,6 @@ from pipeline.config import (
     EmbedOptions,
     SelectOptions,
     check_encoder,
-    describe_texts,
     merge_config,
     plan_selection,
     read_lines,
@@ -186,8 +185,3 @@ def test_a_file_without_lines_is_refused(content: bytes | None, tmp_path: Path) 
     with pytest.raises(UsageError, match=r"topics\.txt") as refused:
         read_lines(path, "topic")
     assert "one topic a line" in refused.value.hint
-
-
-def test_a_few_texts_stand_for_many() -> None:
-    assert describe_texts(["a", "b"]) == "'a', 'b'"
-    assert describe_texts([str(i) for i in range(9)]) == "'0', '1', '2' and 6 more"
