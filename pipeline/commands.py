@@ -30,7 +30,7 @@ from pipeline.run import Interrupts, Selecting, Summary, decode_videos, default_
 from pipeline.todo import Todo
 from pipeline.types import DecodeLimits, FrameGeometry, Hit
 
-CPU_BATCH, GPU_BATCH = 32, 256  # frames; a CPU gains nothing beyond (SPEED.md)
+CPU_BATCH, GPU_BATCH = 32, 256  # frames; a CPU gains nothing beyond (measured for ViT-B/32)
 
 
 def say_on_stderr(line: str) -> None:

@@ -1,6 +1,6 @@
 """Files that are whole or absent: temporary name, fsync, rename, fsync of the folder; and their digests.
 
-After any process death a final name holds a complete file (FAULTS.md: 125 of 125 kills survived).
+After any process death a final name holds a complete file (tests/faults kills a writer at every step).
 """
 
 from __future__ import annotations

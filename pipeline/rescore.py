@@ -1,7 +1,7 @@
 """Re-scoring at search time: FineCo with the query as the text, against the stored frames of each candidate.
 
 The index proposes candidates by their pooled vectors; here the query meets the frames themselves, which gives the
-candidate's final score and the moments that match (METHOD.md section 2).
+candidate's final score and the moments that match (docs/METHOD.md section 3).
 
 The score is the softmax-weighted mean of the frame cosines, at the encoder's own temperature (1 / logit scale): frames
 weigh as the contrastive loss would have them weigh. Its ends are max (temperature 0) and VideoCLIP's pair score, the

@@ -1,7 +1,7 @@
 """Text in, videos and moments out.
 
 The index proposes candidates by their pooled vectors; then FineCo scores each candidate again with the query against
-its stored frames (METHOD.md section 2), which also gives the moments.
+its stored frames (docs/METHOD.md section 3), which also gives the moments.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """FineCo frame selection: every sampled frame gets a score, the K highest are kept, their mean is the video's vector.
 
-The FineCo paper (arXiv 2210.05039) says that the frames most informative for the text are the positives; METHOD.md
-section 1 fixes the exact form and section 2 says where the text comes from.
+The FineCo paper (arXiv 2210.05039) says that the frames most informative for the text are the positives;
+docs/METHOD.md section 1 fixes the exact form and section 2 says where the text comes from.
 
-    METHOD.md                              here
+    docs/METHOD.md                         here
     h_1..h_T   tokens of the video         `h`, the features (T, D), unit rows
     z_t        text embedding              `z`, one row of `text_vectors` (M, D), unit rows
     s_i        <h_i, z_t>, the cosine      `s` (T,): over several texts, the highest of each frame. The temperature is
@@ -84,7 +84,7 @@ def parse_keep(text: str) -> Keep:
 
 
 def n_kept(keep: Keep, n_frames: int) -> int:
-    """K of METHOD.md for T = `n_frames` >= 1: max(1, ceil(ratio * T)), or the count where there are as many."""
+    """K of docs/METHOD.md for T = `n_frames` >= 1: max(1, ceil(ratio * T)), or the count where there are as many."""
     if keep.ratio is not None:
         return max(1, math.ceil(keep.ratio * n_frames - RATIO_SLACK))
     return min(keep.count or 1, n_frames)

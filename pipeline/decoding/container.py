@@ -15,7 +15,7 @@ from pipeline.errors import VideoError
 from pipeline.types import DecodeLimits
 
 # Containers that hold their media themselves. No playlist (hls, dash, concat, sdp) and no file sequence (image2):
-# those make FFmpeg open other files or addresses (FAULTS.md section 3).
+# those make FFmpeg open other files or addresses (an HLS playlist named .mp4 made PyAV 18.1 read another local file).
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,rm,mxf,nut,wtv,dv,ivf,obu,"
     "h261,h263,h264,hevc,vvc,vc1,m4v,mjpeg,jpeg_pipe,png_pipe,webp_pipe,yuv4mpegpipe,mp3,aac,wav,flac"
@@ -60,7 +60,7 @@ def open_video(path: str, limits: DecodeLimits) -> tuple[Any, Any]:
     if context.width * context.height > limits.max_pixels:
         container.close()
         raise VideoError("max_pixels", f"{context.width}x{context.height} is over {limits.max_pixels} pixels a frame")
-    context.thread_count = 1  # the parallelism is over videos (SPEED.md)
+    context.thread_count = 1  # the parallelism is over videos (fewer CPU seconds than frame threads)
     context.thread_type = "NONE"
     context.options = {"max_pixels": str(limits.max_pixels)}  # declared sizes lie; the decoder checks each frame
     return container, stream

@@ -1,9 +1,10 @@
 """Decoding only what the samples need, to the same bits as decoding everything.
 
-Three things are left out (SPEED.md): non-reference frames that are not samples (the decoder skips them, `skip_frame`),
-the packets after the last sample before a random access point, and whole groups without a sample. This rests on rules
-that damaged or unusual streams break; at the first sign of it (a decoder error, a time missing or out of order, a
-sample that did not come out) `NotAsExpectedError` sends the caller back to plain decoding.
+Three things are left out: non-reference frames that are not samples (the decoder skips them, `skip_frame`), the packets
+after the last sample before a random access point, and whole groups without a sample; `benchmarks/decode_cost.py`
+measures what it saves. It rests on rules that damaged or unusual streams break; at the first sign of it (a decoder
+error, a time missing or out of order, a sample that did not come out) `NotAsExpectedError` sends the caller back to
+plain decoding.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def _harden(memory_bytes: int) -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
-        # After all imports: under the limit they fail in ways that hide the reason (FAULTS.md section 3).
+        # After all imports: under the limit they fail in ways that hide the reason.
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
 
 
