@@ -1,7 +1,7 @@
 """HDF5 shards: the one home of h5py.
 
 A shard is written once and never changed: built in memory, then written as bytes through `files.write_file` (temporary
-name, fsync, rename). So a full disk is an ordinary error; HDF5 itself left zeros behind one and crashed at exit. Datasets
+name, fsync, rename). So a full disk is an ordinary error; HDF5 itself left zeros and crashed at exit. Datasets
 are contiguous, ragged rows lie end to end with offsets. The reader trusts nothing: fixed names, hard links only, no
 external or virtual storage, expected types and ranks, and no more bytes than the file has.
 
