@@ -18,7 +18,7 @@ from models.base import Encoder
 from pipeline import store
 from pipeline.collection import Collection
 from pipeline.commits import EMBEDDINGS, INDEX
-from pipeline.errors import UsageError
+from pipeline.errors import IntegrityError, UsageError
 from pipeline.rescore import find_moments, rescore, score_frames
 from pipeline.types import Float32, Hit, VideoEmbedding
 
@@ -101,15 +101,15 @@ class Searcher:
         hits = []
         for rank, (identifier, score) in enumerate(zip(ids, scores, strict=True), 1):
             number, row, path = self._lookup.find(identifier)
-            hits.append(Hit(rank, self._shard(number).video_ids[row], path, float(score)))
+            hits.append(Hit(rank, self._shard(number, row, identifier).video_ids[row], path, float(score)))
         return hits
 
     def _rescored(self, query: Float32, ids: list[int]) -> list[Hit]:
         """Candidates ranked by FineCo's score of their stored frames against the query."""
         candidates: list[tuple[VideoEmbedding, str, float]] = []
         frame_scores = []
-        for number, row, path in sorted(self._lookup.find(identifier) for identifier in ids):
-            shard = self._shard(number)
+        for (number, row, path), identifier in sorted((self._lookup.find(i), i) for i in ids):
+            shard = self._shard(number, row, identifier)
             embedding = shard.embedding(row)
             frame_scores.append(score_frames(query, embedding.features))
             candidates.append((embedding, path, float(shard.durations[row])))
@@ -128,11 +128,16 @@ class Searcher:
             hits.append(Hit(rank, embedding.video_id, path, scores[i], moments))
         return hits
 
-    def _shard(self, number: int) -> store.EmbeddingsShard:
+    def _shard(self, number: int, row: int, identifier: int) -> store.EmbeddingsShard:
+        """The shard that has a video in this row, opened unless it is; another video there is damage."""
         shard = self._shards.pop(number, None)
         if shard is None:
             shard = store.EmbeddingsShard(self._folder / EMBEDDINGS / self.selection / f"{number:06d}.h5")
             if len(self._shards) >= MAX_OPEN_SHARDS:
                 self._shards.pop(next(iter(self._shards))).close()
         self._shards[number] = shard  # last used last
+        if row >= len(shard) or index_id(shard.video_ids[row]) != identifier:
+            raise IntegrityError(
+                f"{shard.path}: row {row} is not the video that the index names", "Run 'fineco verify'."
+            )
         return shard

@@ -9,8 +9,9 @@ from typing import Any
 from fakes import FakeEncoder
 from models.base import Encoder
 from pipeline import commands, store
-from pipeline.collection import EMBEDDINGS, FEATURES, Collection
+from pipeline.collection import Collection
 from pipeline.commands import Machine, Sources
+from pipeline.commits import EMBEDDINGS, FEATURES
 from pipeline.config import EmbedOptions, SelectOptions
 from pipeline.inspect import verify_collection
 from pipeline.run import Summary
@@ -68,7 +69,7 @@ def checked(collection: Path) -> dict[str, Any]:
 
 def features_of(collection: Path) -> dict[str, FrameFeatures]:
     """The latest features of every video, by the path where it was last found."""
-    return {path: data for path, data in _latest(collection, FEATURES, store.FeaturesShard, "features").items()}
+    return _latest(collection, FEATURES, store.FeaturesShard, "features")
 
 
 def embeddings_of(collection: Path, selection: str | None = None) -> dict[str, VideoEmbedding]:
@@ -80,9 +81,10 @@ def embeddings_of(collection: Path, selection: str | None = None) -> dict[str, V
 def _latest(collection: Path, kind: str, shard_type: Any, read: str) -> dict[str, Any]:
     state = Collection(collection).state()
     found = {}
-    for video_id, place in state.places.get(kind, {}).items():
+    for video_id in state.paths.keys() & state.places.get(kind, {}).keys():
+        place = state.places[kind][video_id]
         with shard_type(collection / kind / f"{place.commit:06d}.h5") as shard:
-            found[state.paths.get(video_id, video_id)] = getattr(shard, read)(shard.video_ids.index(video_id))
+            found[state.paths[video_id]] = getattr(shard, read)(shard.video_ids.index(video_id))
     return found
 
 

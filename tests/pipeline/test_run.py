@@ -51,10 +51,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def own(finished: Path, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    """Videos and a finished collection of a test's own. The times of the files are those the collection knows."""
-    videos = make_videos(tmp_path / "videos", 2)
-    yield videos, tmp_path / "c"
+def own(finished: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A folder with two clips of the test's own, and where its collection will be."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name in ("clip0.mp4", "clip1.mp4", "clip1.txt"):
+        shutil.copy(finished / "videos" / name, videos)
+    return videos, tmp_path / "c"
 
 
 class NoEncoder:
@@ -140,7 +143,7 @@ def test_run_takes_stored_frames_and_decodes_only_the_rest(
 
 def test_stored_frames_do_not_pile_up_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A consumer slower than unpacking must not cost memory for the whole video."""
-    encode_video(tmp_path / "long.mp4", n_frames=600)
+    encode_video(tmp_path / "long.mp4", n_frames=600, size=(32, 32))
     options = EmbedOptions(Sampling("fps", 30.0))
     commands.decode(tmp_path / "c", Sources([str(tmp_path / "long.mp4")]), options, machine())
     unpacked = 0
@@ -460,8 +463,9 @@ def test_new_content_under_an_id_replaces_the_old(tmp_path: Path) -> None:
 
 def test_a_later_batch_of_videos_has_no_influence_on_the_result(finished: Path, tmp_path: Path) -> None:
     """The digest does not depend on the order and the shards in which videos were done, nor on the processes."""
-    for name in ("clip2", "clip0", "clip3", "clip1"):
-        run(tmp_path / "c", finished / "videos" / f"{name}.mp4", machine=machine(workers=2))
+    for names in (("clip2", "clip0"), ("clip3", "clip1")):
+        sources = Sources([str(finished / "videos" / f"{name}.mp4") for name in names])
+        run(tmp_path / "c", sources, machine=machine(workers=2))
     assert checked(tmp_path / "c")["digest"] == checked(finished / "c")["digest"]
 
 
