@@ -23,7 +23,7 @@ from typing import Any
 
 import av
 
-from pipeline.decoding.container import Report, quiet_ffmpeg
+from pipeline.decoding.container import Report
 from pipeline.decoding.decoder import sample_frames
 from pipeline.decoding.pixels import Resizer
 from pipeline.sampling import Sampling
@@ -85,7 +85,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=224)
     given = parser.parse_args()
-    quiet_ffmpeg()
     with tempfile.TemporaryDirectory() as folder:
         path: Path = given.video or Path(folder) / "clip.mp4"
         if given.video is None:

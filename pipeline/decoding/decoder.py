@@ -74,9 +74,9 @@ def _finish_report(clock: Clock, report: Report, emitted: int, errors: int) -> N
     if declared > report.duration_seconds + max(0.5, 0.02 * declared):
         clock.note(f"ends at {report.duration_seconds:.1f} s though it declares {declared:.1f} s")
     if clock.n_hidden:
-        clock.note(f"{clock.n_hidden} frames are hidden by the file's edit list")
+        clock.note(f"frames hidden by the file's edit list: {clock.n_hidden}")
     if errors:
-        clock.note(f"{errors} decoder errors")
+        clock.note(f"decoder errors: {errors}")
 
 
 def _samples(

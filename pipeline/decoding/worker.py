@@ -16,7 +16,7 @@ import sys
 import time
 from typing import Any
 
-from pipeline.decoding.container import Report, quiet_ffmpeg, reason
+from pipeline.decoding.container import Report, reason
 from pipeline.decoding.decoder import sample_frames
 from pipeline.decoding.pixels import Resizer, to_jpeg
 from pipeline.errors import VideoError
@@ -123,7 +123,6 @@ def main() -> None:
     writer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not reach the parent's protocol
     settings = json.loads(reader.readline())
-    quiet_ffmpeg()
     memory = mmap.mmap(settings["memory_fd"], settings["slot_bytes"] * settings["n_slots"])
     resizer = Resizer(FrameGeometry(**settings["geometry"]))
     parent = _Parent(reader, writer, settings["n_slots"])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.decoding.container import Report, quiet_ffmpeg
+from pipeline.decoding.container import Report
 from pipeline.decoding.decoder import sample_frames
 from pipeline.decoding.pixels import Resizer, to_jpeg
 from pipeline.errors import VideoError
@@ -113,12 +113,6 @@ def assert_same(got: list[tuple[float, bytes]], expected: list[tuple[float, byte
     assert [seconds for seconds, _ in got] == pytest.approx([seconds for seconds, _ in expected], abs=1e-9)
     differing = [seconds for (seconds, a), (_, b) in zip(got, expected, strict=True) if a != b]
     assert differing == []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> None:
-    """As in a worker: FFmpeg's errors are counted."""
-    quiet_ffmpeg()
 
 
 @pytest.fixture(scope="module")
