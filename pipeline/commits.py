@@ -120,8 +120,10 @@ class State:
         outcome = row.outcome
         before = self.latest.get(outcome.path)
         other = before is not None and before[1] != outcome.video_id and (row.content or outcome.status == "skipped")
-        if before and other and self.paths.get(before[1]) == outcome.path:
-            del self.paths[before[1]]  # another video lies where that one was
+        seen = self.known.get(outcome.path)
+        broken = outcome.status != "ok" and bool(row.content) and seen is not None and seen.content != row.content
+        if before and (other or broken) and self.paths.get(before[1]) == outcome.path:
+            del self.paths[before[1]]  # another video lies where that one was, or what is none
         self.latest[outcome.path] = (number, outcome.video_id, outcome.status, outcome.code)
         if row.content:
             self.known[outcome.path] = Known(row.size_bytes, row.mtime_ns, row.ctime_ns, row.content)

@@ -136,7 +136,7 @@ def write_features(path: Path, rows: Sequence[tuple[StoredVideo, FrameFeatures]]
     """Writes the features of one or more videos."""
     features = [f for _, f in rows]
     arrays = _video_arrays([v for v, _ in rows], [f.pts_seconds for f in features], [f.span_seconds for f in features])
-    arrays["features"] = np.concatenate([f.features for f in features]).astype(np.float16)
+    arrays["features"] = np.concatenate([f.features for f in features], dtype=np.float16, casting="same_kind")
     return write_shard(path, "features", FEATURES, arrays)
 
 
@@ -146,7 +146,7 @@ def write_embeddings(path: Path, rows: Sequence[tuple[StoredVideo, VideoEmbeddin
     arrays = _video_arrays(
         [v for v, _ in rows], [e.pts_seconds for e in embeddings], [e.span_seconds for e in embeddings]
     )
-    arrays["features"] = np.concatenate([e.features for e in embeddings]).astype(np.float16)
+    arrays["features"] = np.concatenate([e.features for e in embeddings], dtype=np.float16, casting="same_kind")
     arrays["scores"] = np.concatenate([e.scores for e in embeddings])
     arrays["vectors"] = np.stack([e.vector for e in embeddings])
     arrays["n_frames"] = np.array([e.n_frames for e in embeddings], np.int64)

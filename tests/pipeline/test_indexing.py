@@ -121,6 +121,22 @@ def test_a_replaced_video_gives_way_to_the_new_one(videos: Path, collection: Pat
     assert len(after.keys() - before.keys()) == len(before.keys() - after.keys()) == 1
 
 
+def test_a_video_overwritten_by_a_broken_file_leaves_the_index(videos: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "videos.csv"
+    manifest.write_text("path,id\nvideos/clip0.mp4,a\nvideos/clip1.mp4,b\n")
+    sources, collection = Sources([], manifest), tmp_path / "c"
+    run(collection, sources)
+    good = (videos / "clip0.mp4").read_bytes()
+    (videos / "clip0.mp4").write_bytes(b"no video at all" * 100)
+    assert run(collection, sources).any_failed
+    assert indexed(collection) == {"b": str(videos / "clip1.mp4")}
+    (videos / "clip0.mp4").write_bytes(good)
+    encoder = FakeEncoder()
+    assert not run(collection, sources, encoder).any_failed
+    assert encoder.batch_sizes == []
+    assert indexed(collection).keys() == {"a", "b"}
+
+
 def test_when_all_videos_are_gone_the_index_stays(videos: Path, collection: Path) -> None:
     before, n_commits = names(collection), len(commits(collection))
     videos.rename(videos.with_name("unmounted"))
