@@ -55,8 +55,10 @@ def load_encoder(name: str, device: str = "auto", precision: str = "auto") -> En
         names = {architecture: f"open_clip:{architecture}" for architecture in architectures()}
         if name.partition("/")[0] in names:
             raise UsageError(f"unknown model {name!r} (did you mean 'open_clip:{name}'?)")
+        known = list_encoders()
+        near = nearest(name, known) or (nearest(name, list(names)) and nearest(f"open_clip:{name}", known))
         raise UsageError(
-            f"unknown model {name!r}{nearest(name, list_encoders()) or nearest(name, list(names))}",
+            f"unknown model {name!r}{near}",
             "Choose builtin, open_clip:ARCHITECTURE[/TAG] or open_clip:local-dir:FOLDER; "
             f"the documented first choice is {DEFAULT_MODEL}.",
         )

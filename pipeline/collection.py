@@ -33,6 +33,7 @@ SCHEMA_VERSION = 1
 CONFIG_FILE = "collection.json"
 OUTCOMES = "outcomes"
 CURRENT = "CURRENT"
+SHOWN_COMMAND = 400  # characters: `fineco run *.mp4` may have ten thousand names
 
 
 class Collection:
@@ -51,7 +52,7 @@ class Collection:
         path = folder / CONFIG_FILE
         try:
             content = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UsageError(
                 f"{folder} is not a collection (it has no {CONFIG_FILE})",
                 f"Make one with 'fineco run VIDEOS -c {folder}'.",
@@ -72,18 +73,23 @@ class Collection:
     def exists(folder: Path) -> bool:
         return (folder / CONFIG_FILE).is_file()
 
-    @classmethod
-    def create(cls, folder: Path, config: dict[str, Any]) -> Collection:
-        """Makes an empty collection; the folder may exist but must be empty, or hold what a dead process left of one.
+    @staticmethod
+    def check_new(folder: Path) -> None:
+        """Whether a collection can be made there: the folder is absent, empty, or has what a dead process left of one.
 
         Raises:
-            UsageError: The folder holds other files.
+            UsageError: The folder holds other files, or is a file.
         """
         ours = {LOCK_FILE, CONFIG_FILE + TEMPORARY_SUFFIX}
         if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - ours):
             raise UsageError(
                 f"{folder} exists and is not a collection", "Choose a new or empty folder for the collection."
             )
+
+    @classmethod
+    def create(cls, folder: Path, config: dict[str, Any]) -> Collection:
+        """Makes an empty collection. Raises as `check_new`."""
+        cls.check_new(folder)
         _write_config(folder, config, None)
         return cls(folder)
 
@@ -265,7 +271,10 @@ def _write_config(folder: Path, config: dict[str, Any], encoder: dict[str, Any] 
 
 
 def this_command() -> str:
-    """The command line, for the lock's message and the line to resume with."""
+    """The command line, for the lock's message and the line to resume with; the middle of a very long one left out."""
     import shlex
 
-    return shlex.join(["fineco", *sys.argv[1:]])
+    command = shlex.join(["fineco", *sys.argv[1:]])
+    if len(command) <= SHOWN_COMMAND:
+        return command
+    return f"{command[: SHOWN_COMMAND // 2]} ... {command[-SHOWN_COMMAND // 2 :]}"

@@ -153,6 +153,7 @@ def _stream(
     plan = None if select is None else plan_selection(collection, select, change=False)
     get_encoder = _EncoderOnDemand(config, collection, machine, encoder)
     if collection is None:
+        Collection.check_new(folder)
         get_encoder()  # a model that cannot be had must not leave a folder behind
         collection = Collection.create(folder, config)
     with Interrupts() as interrupts, collection.writing(this_command()) as writer:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections import Counter
 from dataclasses import asdict
@@ -19,7 +17,7 @@ from pipeline.config import sampling_of
 from pipeline.doctor import examine, problems
 from pipeline.errors import FinecoError, IntegrityError, UsageError
 from pipeline.files import FileRecord, check_file
-from pipeline.output import format_table, number_of, to_json, visible
+from pipeline.output import format_table, number_of, to_csv, to_json, visible
 from pipeline.search import LOOKUP_FILE
 
 SHARDS: dict[str, type[store.Shard]] = {
@@ -123,11 +121,7 @@ def failures_text(rows: list[Row], form: str) -> str:
     if form == "paths":
         return "".join(f"{o.path}\n" for o in outcomes)
     if form == "csv":
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(fields)
-        writer.writerows([getattr(o, field) for field in fields] for o in outcomes)
-        return out.getvalue()
+        return to_csv([fields, *([getattr(o, field) for field in fields] for o in outcomes)])
     if not outcomes:
         return "no failures\n"
     return format_table([[o.code, o.stage, o.message, o.path] for o in outcomes], ["code", "stage", "why", "path"])

@@ -15,6 +15,7 @@ from pipeline.types import Hit, Moment
 
 FORMATS = ("table", "json", "jsonl", "csv", "paths")
 SHOWN_MOMENTS = 3
+READER_GONE = 128 + 13  # as the shell reports a program that SIGPIPE ended
 CSV_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run what follows
 
 
@@ -61,18 +62,26 @@ def _hit(hit: Hit) -> dict[str, Any]:
 
 
 def _csv(pairs: Iterable[tuple[str, Sequence[Hit]]]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["query", "rank", "score", "start", "end", "video_id", "path"])
+    rows = [["query", "rank", "score", "start", "end", "video_id", "path"]]
     for query, hits in pairs:
         for hit in hits:
             best = hit.moments[0] if hit.moments else None
             span = [f"{best.start_seconds:.3f}", f"{best.end_seconds:.3f}"] if best else ["", ""]
             row = [query, str(hit.rank), f"{hit.score:.6f}", *span, hit.video_id, hit.path]
-            writer.writerow(
+            rows.append(
                 [f"'{x}" if i in (0, 5, 6) and x.startswith(CSV_FORMULA_STARTS) else x for i, x in enumerate(row)]
             )
-    return out.getvalue()
+    return to_csv(rows)
+
+
+def to_csv(rows: Iterable[Sequence[object]]) -> str:
+    """CSV with Unix line ends. `csv` quotes a lone carriage return only where lines end in one."""
+    lines = []
+    for row in rows:
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\r\n").writerow(row)
+        lines.append(out.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(lines)
 
 
 def _table(query: str, hits: Sequence[Hit], titled: bool) -> str:
@@ -103,17 +112,17 @@ def write_stdout(text: str) -> None:
     """Writes to standard output, with file names byte for byte as they are on disk.
 
     Raises:
-        BrokenPipeError: The reader went away.
+        SystemExit: The reader has seen enough, as `head` does.
         FinecoError: The disk is full, or the like.
     """
     try:
         sys.stdout.flush()
         sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
         sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        raise
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter tries once more at its end
+        if isinstance(error, BrokenPipeError):
+            sys.exit(READER_GONE)  # not left to click, which ends with 1
         raise FinecoError(f"cannot write the results: {error.strerror or error}") from error
 
 
