@@ -190,7 +190,9 @@ def run_demo(folder: Path, n_videos: int, seed: int, machine: Machine) -> bool:
     first_choice = SelectOptions("caption", KEEP)
     if (collection / "collection.json").exists():
         select(collection, first_choice, machine, encoder)
-    run(collection, sources, embed_options, first_choice, machine, encoder=encoder)
+    summary = run(collection, sources, embed_options, first_choice, machine, encoder=encoder)
+    for line in summary.lines("indexed"):
+        machine.say(line)
 
     def ask(rescoring: bool = True) -> list[list[Hit]]:
         return search(collection, queries, 5, rescoring=rescoring, machine=machine, encoder=encoder)
