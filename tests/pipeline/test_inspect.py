@@ -93,6 +93,7 @@ def test_a_damaged_file_is_named(name: str, damage: Callable[[Path], None], copy
     done = fineco("verify", "-c", copy)
     assert (done.code, done.err) == (1, "")
     assert str(copy / name) in done.out.decode()
+    assert f"\n{len(problems)} problem" in done.out.decode()
     assert json.loads(fineco("verify", "--json", "-c", copy).out)["problems"] == problems
 
 
