@@ -24,6 +24,7 @@ from pipeline.config import (
     sampling_of,
 )
 from pipeline.errors import UsageError
+from pipeline.output import number_of
 from pipeline.progress import Progress
 from pipeline.reselect import count_unselected, select_stored
 from pipeline.run import Interrupts, Selecting, Summary, decode_videos, default_workers, run_videos, start_pool
@@ -198,7 +199,7 @@ def _todo(writer: Writer, sources: Sources, wanted: str, machine: Machine, inter
     parts += [f"{counts.failed_before} failed before (--retry-failed tries again)"] if counts.failed_before else []
     parts += [f"{counts.skipped} skipped"] if counts.skipped else []
     parts += [f"{counts.failed_now} not readable"] if counts.failed_now else []
-    machine.say(f"{counts.found} videos found: {', '.join(parts)}")
+    machine.say(f"{number_of(counts.found, 'video')} found: {', '.join(parts)}")
     return todo
 
 

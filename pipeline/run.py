@@ -33,6 +33,7 @@ from pipeline.decode import DecodedFrame, DecodeEvent, DecodePool, VideoDecoded,
 from pipeline.embed import FrameEmbedder, VideoEmbedded, encode_texts
 from pipeline.errors import Interrupted, VideoError
 from pipeline.geometry import fit_pixels
+from pipeline.output import number_of
 from pipeline.progress import Progress
 from pipeline.sampling import Sampling
 from pipeline.select import embed_video, select_frames
@@ -73,7 +74,8 @@ class Summary:
         if self.n_ok:
             rate = self.video_seconds / self.elapsed_seconds if self.elapsed_seconds else 0.0
             lines.append(
-                f"{self.n_ok} videos {what}: {self.n_frames} frames of {self.video_seconds / 3600:.2f} video-hours in "
+                f"{number_of(self.n_ok, 'video')} {what}: {number_of(self.n_frames, 'frame')} "
+                f"of {self.video_seconds / 60:.1f} minutes in "
                 f"{self.elapsed_seconds:.1f} s ({self.n_frames / self.elapsed_seconds:.0f} frames/s, "
                 f"{rate:.0f} video-hours per hour)"
             )
