@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.base import Encoder
 from pipeline.decode import DecodedFrame, DecodeEvent, VideoDecoded, VideoFailed
@@ -47,7 +48,7 @@ class _Assembly:
     video: Video
     attempt: int
     seconds: list[float] = field(default_factory=list)
-    parts: list[Float32] = field(default_factory=list)
+    parts: list[NDArray[np.float16]] = field(default_factory=list)  # a long video's features, as they are stored
     n_embedded: int = 0
     decoded: VideoDecoded | None = None
     error: VideoError | None = None
@@ -180,7 +181,7 @@ class FrameEmbedder:
                 if isinstance(rows, VideoError):
                     assembly.error = rows
                 elif np.all(np.abs(np.linalg.norm(rows, axis=1) - 1) <= UNIT_TOLERANCE):  # False for NaN
-                    assembly.parts.append(rows)
+                    assembly.parts.append(rows.astype(np.float16))
                 else:
                     assembly.error = VideoError("non_finite", "the encoder gave vectors that are not finite", "embed")
                 if assembly.complete():
@@ -195,7 +196,7 @@ class FrameEmbedder:
             return VideoFailed(assembly.video, assembly.attempt, assembly.error, False, decoded.seconds)
         features = FrameFeatures(
             assembly.video.video_id,
-            np.concatenate(assembly.parts),
+            np.concatenate(assembly.parts).astype(np.float32),
             np.array(assembly.seconds, np.float64),
             decoded.span_seconds,
         )
