@@ -7,6 +7,7 @@ both values. So the same command resumes, and a shorter one does too.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pipeline.errors import UsageError
 from pipeline.sampling import Sampling
 from pipeline.select import SELECTORS, Keep, parse_keep
 
+LOCAL_FOLDER = "open_clip:local-dir:"
 DEFAULT_SAMPLING = Sampling("fps", 1.0)
 DEFAULT_SELECTOR = "caption"
 DEFAULT_KEEP = "0.25"
@@ -71,7 +73,7 @@ def merge_config(recorded: dict[str, Any], options: EmbedOptions) -> dict[str, A
         _refuse("sampling", sampling_of(recorded).describe(), sampling.describe())
     given = {
         "sampling": None if sampling is None else {"mode": sampling.mode, "value": sampling.value},
-        "model": options.model,
+        "model": _absolute(options.model),
         "precision": options.precision if options.precision != "auto" else None,
         "exact_resize": options.exact_resize,
         "frame_size": options.frame_size,
@@ -85,6 +87,13 @@ def merge_config(recorded: dict[str, Any], options: EmbedOptions) -> dict[str, A
         merged[field] = value
     merged.setdefault("sampling", {"mode": DEFAULT_SAMPLING.mode, "value": DEFAULT_SAMPLING.value})
     return merged
+
+
+def _absolute(model: str | None) -> str | None:
+    """A model's name with its folder, if it names one, as an absolute path: a search may run from elsewhere."""
+    if model is None or not model.startswith(LOCAL_FOLDER):
+        return model
+    return LOCAL_FOLDER + os.path.abspath(model.removeprefix(LOCAL_FOLDER))
 
 
 def _refuse(field: str, recorded: object, given: object) -> None:

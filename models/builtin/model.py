@@ -135,7 +135,7 @@ class BuiltinEncoder:
             temperature=temperature,
             context_length=CONTEXT_LENGTH,
             weights_sha256=weights_sha256,
-            licence="Apache-2.0 (this project)",
+            licence="this project's",
         )
 
     @torch.inference_mode()

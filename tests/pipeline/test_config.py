@@ -185,3 +185,10 @@ def test_a_file_without_lines_is_refused(content: bytes | None, tmp_path: Path) 
     with pytest.raises(UsageError, match=r"topics\.txt") as refused:
         read_lines(path, "topic")
     assert "one topic a line" in refused.value.hint
+
+
+def test_a_local_model_is_found_again_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = merge_config({}, EmbedOptions(model="open_clip:local-dir:vit"))
+    assert config["model"] == f"open_clip:local-dir:{tmp_path / 'vit'}"
+    assert merge_config(config, EmbedOptions(model="open_clip:local-dir:./vit"))["model"] == config["model"]
