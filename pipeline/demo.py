@@ -101,7 +101,14 @@ def render_video(video: DemoVideo, folder: Path) -> None:
         with av.open(str(path), "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=FPS)
             stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-            stream.options = {"preset": "veryfast", "crf": "23", "bf": "2", "g": "48", "threads": "1"}
+            stream.options = {
+                "preset": "veryfast",
+                "crf": "23",
+                "bf": "2",
+                "g": "48",
+                "threads": "1",
+                "x264-params": "mbtree=0",
+            }
             for cut in video.cuts:
                 painter = Painter(Scene(*cut.scene), cut.seed, HEIGHT, WIDTH)
                 for number in range(round((cut.end_seconds - cut.start_seconds) * FPS)):
