@@ -12,7 +12,7 @@ from types import TracebackType
 
 import numpy as np
 
-from indexes.generations import current_generation, read_sidecar
+from indexes.generations import current_generation
 from indexes.search import VectorIndex
 from models.base import Encoder
 from pipeline import store
@@ -50,7 +50,7 @@ class Searcher:
         self._folder = collection.folder
         generation = current_generation(collection.folder / INDEX)
         self._index = VectorIndex.open(generation, encoder.spec.fingerprint)
-        self.selection: str = read_sidecar(generation).selection
+        self.selection: str = self._index.sidecar.selection
         self._lookup = store.Lookup(generation / LOOKUP_FILE)
         self._shards: dict[int, store.EmbeddingsShard] = {}
 
