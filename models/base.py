@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pipeline.types import Float32, FrameGeometry, UInt8
 
@@ -27,6 +27,7 @@ class EncoderSpec:
         context_length: Longest text in tokens.
         weights_sha256: Of the weights file.
         licence: Of the weights, as their publisher states it.
+        fps: Sampled frames per second that it demands (30 for S3D's windows); None: any.
     """
 
     name: str
@@ -39,6 +40,7 @@ class EncoderSpec:
     context_length: int
     weights_sha256: str
     licence: str
+    fps: float | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -46,6 +48,8 @@ class EncoderSpec:
         facts = asdict(self)
         for word_only in ("name", "licence"):  # the same weights under another name are the same encoder
             del facts[word_only]
+        if self.fps is None:
+            del facts["fps"]  # so that an encoder that demands none keeps the fingerprint it had before there was one
         facts["preprocessing"] = PREPROCESSING_VERSION
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -60,10 +64,33 @@ class Encoder(Protocol):
     def encode_frames(self, frames: UInt8) -> Float32:
         """(B, H, W, 3) uint8 RGB of the spec's geometry -> (B, D) float32 unit rows.
 
+        An encoder whose window W is above 1 takes (B, window, H, W, 3): a row for each window of frames.
+
         Raises torch's out-of-memory error when B is too large for the device; the caller halves the batch.
         """
         ...
 
     def encode_text(self, texts: Sequence[str]) -> Float32:
         """B texts -> (B, D) float32 unit rows. A text longer than the context is cut."""
+        ...
+
+
+@runtime_checkable
+class VideoEncoder(Encoder, Protocol):
+    """An encoder whose vectors depend on the whole video: another encoder's rows go through a video transformer.
+
+    `encode_frames` is the base's, and gives its rows; `spec` describes the rows of `encode_video`.
+    """
+
+    base: Encoder
+
+    def encode_video(self, features: Float32) -> Float32:
+        """(N, base.spec.dim) unit rows of one whole video, in order of time -> (N, D) float32 unit rows."""
+        ...
+
+    def score_pairs(self, texts: Sequence[str], clips: Sequence[Float32]) -> Float32:
+        """M texts, C clips as their base's rows (T_c, base.spec.dim) -> (M, C) float32.
+
+        The similarity of text and video that the model was trained with, on its own scale.
+        """
         ...
