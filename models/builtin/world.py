@@ -2,7 +2,8 @@
 
 A scene is painted at any moment of time; a single frame shows its motion too (ghosts trail behind what moves, arcs
 surround what spins), so that a frame encoder can know it. Every fifth combination is held out: no training example ever
-has it, so that what is measured on it is not memory.
+has it, so that what is measured on it is not memory. What long footage shows beside its subject is here too: scenes
+that are nearly the one that is spoken of, and frames that show nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import itertools
 import math
 import random
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 UInt8 = NDArray[np.uint8]
 
@@ -74,7 +76,17 @@ _TEMPLATES = (
     "a {colour} {shape} of {size} size {motion} {place}",
     "{place} there is a {colour} {shape} which is {size} and {motion}",
 )
-ATTRIBUTES = ("colour", "shape", "size", "place", "motion")
+VALUES: dict[str, tuple[str, ...]] = {
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "size": tuple(SIZES),
+    "place": tuple(PLACES),
+    "motion": MOTIONS,
+}
+ATTRIBUTES = tuple(VALUES)
+
+EmptyKind = Literal["background", "blur", "title", "fade"]
+EMPTY_KINDS: tuple[EmptyKind, ...] = get_args(EmptyKind)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -96,7 +108,37 @@ class Scene:
 
 def all_scenes() -> list[Scene]:
     """Every combination, in a fixed order."""
-    return [Scene(*values) for values in itertools.product(COLOURS, SHAPES, SIZES, PLACES, MOTIONS)]
+    return [Scene(*values) for values in itertools.product(*VALUES.values())]
+
+
+def distractors(scene: Scene, rng: random.Random, n: int, shared: tuple[int, int] = (2, 4)) -> list[Scene]:
+    """Draws scenes that are nearly a given one: what makes a caption hard to place.
+
+    Args:
+        scene: What they resemble.
+        rng: Decides all.
+        n: How many; the same may come twice. Some are held out (see Scene.held_out).
+        shared: The least and the most attributes that one shares with `scene`, at most 4 of the 5.
+
+    Raises:
+        ValueError: `shared` is not an increasing pair of 0 to 4.
+    """
+    least, most = shared
+    if not 0 <= least <= most < len(ATTRIBUTES):
+        raise ValueError(f"shared attributes {least} to {most}: an increasing pair of 0 to {len(ATTRIBUTES) - 1}")
+    found = []
+    for _ in range(n):
+        kept = rng.sample(ATTRIBUTES, rng.randint(least, most))
+        found.append(
+            Scene(
+                *(
+                    value if attribute in kept else rng.choice([v for v in choices if v != value])
+                    for attribute, choices in VALUES.items()
+                    for value in (getattr(scene, attribute),)
+                )
+            )
+        )
+    return found
 
 
 def caption(scene: Scene, rng: random.Random, template: int | None = None) -> str:
@@ -200,6 +242,64 @@ class Painter:
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=fill, width=round(0.38 * radius))
         else:
             draw.polygon([(x + radius * px, y + radius * py) for px, py in _outline(shape, angle)], fill=fill)
+
+
+class EmptyPainter:
+    """Paints what footage shows beside its subject: frames that no caption speaks of.
+
+    Args:
+        kind: `background`: clutter without a shape; `blur`: a scene too blurred and dim to tell anything; `title`: a
+            card with grey bars where lines of text would be; `fade`: near black or near white.
+        seed: Of everything else.
+        height, width: Of the frames, in pixels.
+
+    Raises:
+        ValueError: There is no such kind.
+    """
+
+    def __init__(self, kind: EmptyKind, seed: int, height: int = 240, width: int = 320) -> None:
+        if kind not in EMPTY_KINDS:
+            raise ValueError(f"empty frames of kind {kind!r}: one of {', '.join(EMPTY_KINDS)}")
+        self._scene: Painter | None = None
+        rng = np.random.default_rng(seed)
+        if kind == "background":
+            self._still = _background(rng, height, width)
+        elif kind == "title":
+            self._still = _title(rng, height, width)
+        elif kind == "fade":
+            level = rng.choice([rng.uniform(0, 16), rng.uniform(239, 255)])
+            self._still = np.clip(level + rng.normal(0, 1.5, (height, width, 3)), 0, 255).astype(np.uint8)
+        else:
+            scene = Scene(*(str(rng.choice(choices)) for choices in VALUES.values()))
+            self._scene = Painter(scene, int(rng.integers(1 << 32)), height, width)
+            self._dim = float(rng.uniform(0.3, 0.6))
+
+    def frame(self, seconds: float) -> UInt8:
+        """(H, W, 3) uint8 RGB at a time after the start."""
+        if self._scene is None:
+            return self._still
+        image = Image.fromarray(self._scene.frame(seconds))
+        blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(image.height / 4)), np.float32)
+        grey = blurred.mean(2, keepdims=True)
+        # a large shape's colour outlasts any blur: so most of it goes too
+        dim: UInt8 = ((grey + 0.1 * (blurred - grey)) * self._dim).astype(np.uint8)
+        return dim
+
+
+def _title(rng: np.random.Generator, height: int, width: int) -> UInt8:
+    """A card of one dull shade with grey bars in place of lines of text."""
+    dark = rng.random() < 0.7
+    level = rng.uniform(8, 60) if dark else rng.uniform(190, 245)
+    card = np.clip(level + rng.uniform(-6, 6, 3) + rng.normal(0, 1.5, (height, width, 1)), 0, 255).astype(np.uint8)
+    image = Image.fromarray(card)
+    draw = ImageDraw.Draw(image)
+    n_lines, thick = int(rng.integers(2, 6)), int(rng.uniform(0.03, 0.06) * height)
+    top = rng.uniform(0.2, 0.9) * (height - 2 * thick * n_lines)
+    ink = int(rng.uniform(140, 215) if dark else rng.uniform(40, 110))
+    for line in range(n_lines):
+        half, y = rng.uniform(0.1, 0.4) * width, top + 2 * thick * line
+        draw.rectangle((width / 2 - half, y, width / 2 + half, y + thick), fill=(ink, ink, ink))
+    return np.asarray(image)
 
 
 def _outline(shape: str, angle: float) -> list[tuple[float, float]]:
