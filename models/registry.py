@@ -1,8 +1,11 @@
-"""Names to encoders: `builtin`, `open_clip:ARCHITECTURE[/TAG]`, `open_clip:local-dir:FOLDER`."""
+"""Names to encoders: `builtin`, `open_clip:ARCHITECTURE[/TAG]`, `open_clip:local-dir:FOLDER`, and the folders that
+`fineco convert` and `fineco train` make: `s3d:FOLDER`, `videoclip:FOLDER`, `fineco:FOLDER`."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from models.base import Encoder
@@ -33,7 +36,52 @@ def _load_open_clip(choice: str, device: str, precision: str) -> Encoder:
     return load_open_clip(located, device, choose_precision(precision, device))
 
 
-KINDS: Final[dict[str, Callable[[str, str, str], Encoder]]] = {"builtin": _load_builtin, "open_clip": _load_open_clip}
+def _load_s3d(choice: str, device: str, precision: str) -> Encoder:
+    from models.device import choose_device, choose_precision
+    from models.s3d_encoder import load_s3d
+
+    folder = _folder("s3d", choice, "'fineco convert' makes one of the released weights.")
+    device = choose_device(device)
+    return load_s3d(folder, device, choose_precision(precision, device))
+
+
+def _load_videoclip(choice: str, device: str, precision: str) -> Encoder:
+    from models.videoclip_encoder import load_videoclip
+
+    folder = _folder("videoclip", choice, "'fineco convert' makes one of the released checkpoints.")
+    return load_videoclip(folder, _load_s3d(str(folder / "s3d"), device, precision))
+
+
+def _load_fineco(choice: str, device: str, precision: str) -> Encoder:
+    from models.fineco_encoder import load_fineco, read_base_name
+
+    folder = _folder("fineco", choice, "'fineco train' makes one.")
+    return load_fineco(folder, load_encoder(read_base_name(folder), device, precision))
+
+
+def _folder(kind: str, choice: str, how: str) -> Path:
+    if not choice:
+        raise UsageError(f"{kind}: which folder?", f"Write --model {kind}:FOLDER; {how}")
+    folder = Path(choice)
+    if not folder.is_dir():
+        raise UsageError(f"{kind}: {folder} is not a folder", how[:1].upper() + how[1:])
+    return folder
+
+
+KINDS: Final[dict[str, Callable[[str, str, str], Encoder]]] = {
+    "builtin": _load_builtin,
+    "open_clip": _load_open_clip,
+    "s3d": _load_s3d,
+    "videoclip": _load_videoclip,
+    "fineco": _load_fineco,
+}
+LOCAL_FOLDERS: Final = ("open_clip:local-dir:", "s3d:", "videoclip:", "fineco:")  # names that end in a folder
+
+
+def absolute(name: str) -> str:
+    """A model's name with its folder, if it names one, as an absolute path: a search may run from elsewhere."""
+    prefix = next((prefix for prefix in LOCAL_FOLDERS if name.startswith(prefix) and name != prefix), None)
+    return name if prefix is None else prefix + os.path.abspath(name.removeprefix(prefix))
 
 
 def load_encoder(name: str, device: str = "auto", precision: str = "auto") -> Encoder:
@@ -42,7 +90,8 @@ def load_encoder(name: str, device: str = "auto", precision: str = "auto") -> En
     Without a tag it is open_clip's first for that architecture (PE-Core-B-16 has one, `meta`).
 
     Args:
-        name: `builtin`, `open_clip:ARCHITECTURE[/TAG]` or `open_clip:local-dir:FOLDER`.
+        name: `builtin`, `open_clip:ARCHITECTURE[/TAG]`, `open_clip:local-dir:FOLDER`, `s3d:FOLDER`,
+            `videoclip:FOLDER` or `fineco:FOLDER`.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: `auto`, `fp32` or `bf16`.
 
@@ -59,7 +108,8 @@ def load_encoder(name: str, device: str = "auto", precision: str = "auto") -> En
         near = nearest(name, known) or (nearest(name, list(names)) and nearest(f"open_clip:{name}", known))
         raise UsageError(
             f"unknown model {name!r}{near}",
-            "Choose builtin, open_clip:ARCHITECTURE[/TAG] or open_clip:local-dir:FOLDER; "
+            "Choose builtin, open_clip:ARCHITECTURE[/TAG], open_clip:local-dir:FOLDER, fineco:FOLDER, videoclip:FOLDER "
+            "or s3d:FOLDER; "
             f"the documented first choice is {DEFAULT_MODEL}.",
         )
     return KINDS[kind](choice, device, precision)

@@ -22,6 +22,7 @@ from pipeline.config import (
     merge_config,
     plan_selection,
     sampling_of,
+    set_sampling,
 )
 from pipeline.errors import UsageError
 from pipeline.output import number_of
@@ -155,7 +156,7 @@ def _stream(
     get_encoder = _EncoderOnDemand(config, collection, machine, encoder)
     if collection is None:
         Collection.check_new(folder)
-        get_encoder()  # a model that cannot be had must not leave a folder behind
+        set_sampling(config, get_encoder().spec)  # a model that cannot be had must not leave a folder behind
         collection = Collection.create(folder, config)
     with Interrupts() as interrupts, collection.writing(this_command()) as writer:
         todo = _todo(writer, sources, "features", machine, interrupts)
@@ -164,6 +165,7 @@ def _stream(
         summary = Summary(todo.counts)
         if todo.counts.to_do:
             loaded = get_encoder()
+            set_sampling(config, loaded.spec)
             config["precision"] = loaded.precision
             spec = asdict(loaded.spec)
             record = {
@@ -211,6 +213,7 @@ def decode(
     sources.check()
     config = merge_config(collection.config if collection else {}, options)
     config.setdefault("frame_size", DEFAULT_FRAME_SIZE)
+    set_sampling(config, None)
     collection = collection or Collection.create(folder, config)
     with Interrupts() as interrupts, collection.writing(this_command()) as writer:
         if collection.config != config:

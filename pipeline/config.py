@@ -7,18 +7,17 @@ both values. So the same command resumes, and a shorter one does too.
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from models.base import EncoderSpec
+from models.registry import absolute
 from pipeline.collection import Collection
 from pipeline.errors import UsageError
 from pipeline.sampling import Sampling
 from pipeline.select import SELECTORS, Keep, parse_keep
 
-LOCAL_FOLDER = "open_clip:local-dir:"
 DEFAULT_SAMPLING = Sampling("fps", 1.0)
 DEFAULT_SELECTOR = "caption"
 DEFAULT_KEEP = "0.25"
@@ -73,7 +72,7 @@ def merge_config(recorded: dict[str, Any], options: EmbedOptions) -> dict[str, A
         _refuse("sampling", sampling_of(recorded).describe(), sampling.describe())
     given = {
         "sampling": None if sampling is None else {"mode": sampling.mode, "value": sampling.value},
-        "model": _absolute(options.model),
+        "model": None if options.model is None else absolute(options.model),
         "precision": options.precision if options.precision != "auto" else None,
         "exact_resize": options.exact_resize,
         "frame_size": options.frame_size,
@@ -85,15 +84,26 @@ def merge_config(recorded: dict[str, Any], options: EmbedOptions) -> dict[str, A
         if field in recorded and recorded[field] != value:
             _refuse(field, recorded[field], value)
         merged[field] = value
-    merged.setdefault("sampling", {"mode": DEFAULT_SAMPLING.mode, "value": DEFAULT_SAMPLING.value})
     return merged
 
 
-def _absolute(model: str | None) -> str | None:
-    """A model's name with its folder, if it names one, as an absolute path: a search may run from elsewhere."""
-    if model is None or not model.startswith(LOCAL_FOLDER):
-        return model
-    return LOCAL_FOLDER + os.path.abspath(model.removeprefix(LOCAL_FOLDER))
+def set_sampling(config: dict[str, Any], spec: EncoderSpec | None) -> None:
+    """Settles how frames are sampled, once the encoder is known: by its own rate if it demands one.
+
+    Args:
+        spec: Of the encoder; None where frames are only stored.
+
+    Raises:
+        UsageError: The collection or the command has another rate than the encoder demands.
+    """
+    demanded = None if spec is None or spec.fps is None else Sampling("fps", spec.fps)
+    wanted = demanded or DEFAULT_SAMPLING
+    config.setdefault("sampling", {"mode": wanted.mode, "value": wanted.value})
+    if demanded and spec and sampling_of(config) != demanded:
+        raise UsageError(
+            f"sampling: {spec.name} takes {demanded.describe()}, not {sampling_of(config).describe()}",
+            "Leave the sampling options out, or use another collection folder (-c).",
+        )
 
 
 def _refuse(field: str, recorded: object, given: object) -> None:

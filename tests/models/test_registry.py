@@ -145,7 +145,7 @@ def test_every_architecture_is_listed() -> None:
     import open_clip
 
     assert {f"open_clip:{name}" for name in open_clip.list_models()} | {"builtin"} == set(list_encoders())
-    assert set(KINDS) == {"builtin", "open_clip"}
+    assert set(KINDS) == {"builtin", "open_clip", "s3d", "videoclip", "fineco"}
 
 
 def test_the_default_is_published(cache: Path) -> None:

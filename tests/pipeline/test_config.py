@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fakes import FakeEncoder
+from models.base import PREPROCESSING_VERSION
 from pipeline.collection import Collection
 from pipeline.config import (
     DEFAULT_KEEP,
@@ -18,6 +22,7 @@ from pipeline.config import (
     plan_selection,
     read_lines,
     sampling_of,
+    set_sampling,
 )
 from pipeline.errors import UsageError
 from pipeline.sampling import Sampling
@@ -53,8 +58,27 @@ def use(collection: Collection, options: SelectOptions) -> str:
 
 def test_a_new_collection_gets_one_frame_a_second() -> None:
     merged = merge_config({}, EmbedOptions())
+    set_sampling(merged, FakeEncoder().spec)
     assert sampling_of(merged) == Sampling("fps", 1.0)
     assert set(merged) == {"sampling"}
+
+
+def test_an_encoder_of_windows_settles_the_sampling_rate() -> None:
+    spec = replace(FakeEncoder().spec, fps=30.0)
+    config: dict[str, Any] = {}
+    set_sampling(config, spec)
+    assert sampling_of(config) == Sampling("fps", 30.0)
+    with pytest.raises(UsageError, match="takes 30 frames/s, not 8 frames a video"):
+        set_sampling(merge_config({}, EmbedOptions(Sampling("frames", 8))), spec)
+
+
+def test_a_demanded_rate_is_part_of_the_fingerprint_and_none_is_not() -> None:
+    spec = FakeEncoder().spec
+    assert replace(spec, fps=30.0).fingerprint != spec.fingerprint
+    facts = {k: v for k, v in asdict(spec).items() if k not in ("name", "licence", "fps")}
+    facts["preprocessing"] = PREPROCESSING_VERSION  # as it was computed before a spec had a rate
+    expected = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    assert spec.fingerprint == expected
 
 
 def test_options_are_recorded_as_given() -> None:

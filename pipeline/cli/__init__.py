@@ -1,0 +1,54 @@
+"""The command line: options in, results on standard output, everything else on standard error.
+
+Each module here defines commands; stages are imported inside their functions, so that `fineco --help` loads nothing but
+click.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import click
+
+from pipeline.cli import inspect, stages
+from pipeline.cli.options import Context, cli, complain
+from pipeline.errors import FinecoError
+
+__all__ = ["cli", "inspect", "main", "stages"]
+
+
+def main() -> None:
+    """The `fineco` command. Every error is one line or two; a traceback only with -v."""
+    context = Context()
+    try:
+        cli(sys.argv[1:] or ["--help"], prog_name="fineco", obj=context, standalone_mode=False)
+        sys.stdout.flush()
+    except click.UsageError as error:
+        complain(f"error: {error.format_message()}\n  {_usage_hint(error)}")
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        complain("error: stopped")
+        sys.exit(130)
+    except FinecoError as error:
+        if context.verbose:
+            traceback.print_exc()
+        complain(f"error: {error}")
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+    except Exception as error:
+        if context.verbose:
+            traceback.print_exc()
+        first_line = str(error).strip().partition("\n")[0]
+        complain(f"error: unexpected {type(error).__name__}: {first_line}")
+        complain("  This is a fault in fineco; 'fineco -v ...' shows where.")
+        sys.exit(1)
+
+
+def _usage_hint(error: click.UsageError) -> str:
+    if isinstance(error, click.NoSuchOption) and error.option_name in ("-q", "--quiet", "-v", "--verbose"):
+        return f"It goes before the command: fineco {error.option_name} COMMAND ..."
+    return f"See '{error.ctx.command_path if error.ctx else 'fineco'} --help'."
