@@ -18,7 +18,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +27,7 @@ from pipeline.commits import EMBEDDINGS, FEATURES, FRAMES, Commit, Row, State
 from pipeline.errors import IntegrityError, UsageError
 from pipeline.files import TEMPORARY_SUFFIX, FileRecord, check_file, write_bytes
 from pipeline.lock import LOCK_FILE, Lock
-from pipeline.types import TimedText
+from pipeline.types import TimedText, Video
 
 SCHEMA_VERSION = 1
 CONFIG_FILE = "collection.json"
@@ -185,31 +185,25 @@ class Collection:
         return Writer(self, command)
 
 
-class Writer:
-    """The collection under its lock: the merged state, and new commits."""
+class Snapshot:
+    """The merged commits of a collection as it stands; reading takes no lock, for files are added, never changed.
 
-    def __init__(self, collection: Collection, command: str) -> None:
+    Attributes:
+        state: What is there.
+        records: Name of every data file -> its length and digest.
+    """
+
+    def __init__(self, collection: Collection) -> None:
         self.collection = collection
-        self._lock = Lock(collection.folder, command)
+        self.read()
 
-    def __enter__(self) -> Writer:
-        self._lock.__enter__()
-        try:
-            self.state = State()
-            self.records: dict[str, FileRecord] = {}
-            for commit in self.collection.commits():
-                self.state.merge(commit)
-                self.records.update(commit.files)
-            self._remove_debris()
-        except BaseException:
-            self._lock.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._lock.__exit__(kind, error, traceback)
+    def read(self) -> None:
+        """Reads the commits (again)."""
+        self.state = State()
+        self.records: dict[str, FileRecord] = {}
+        for commit in self.collection.commits():
+            self.state.merge(commit)
+            self.records.update(commit.files)
 
     def newer_texts(self, kind: str, video_ids: set[str]) -> dict[str, tuple[TimedText, ...]]:
         """Texts of some videos that were found after their data of this kind was made."""
@@ -223,6 +217,45 @@ class Writer:
                 if row.outcome.status == "ok" and video_id in video_ids and commit.number > places[video_id].commit:
                     texts[video_id] = row.texts
         return texts
+
+    def videos(self, kind: str) -> Iterator[Video]:
+        """The videos that have data of this kind, with the paths and texts last seen."""
+        places = self.state.places.get(kind, {})
+        texts = self.newer_texts(kind, set(places))
+        for commit in self.collection.commits():
+            for row in commit.rows:
+                video = row.video()
+                place = places.get(video.video_id)
+                if place is None or place.commit != commit.number or row.outcome.status != "ok":
+                    continue
+                path = self.state.paths.get(video.video_id, video.path)
+                video = replace(video, path=path, texts=texts.get(video.video_id, video.texts))
+                if seen := self.state.known.get(path):
+                    video = replace(video, size_bytes=seen.size_bytes, mtime_ns=seen.mtime_ns, ctime_ns=seen.ctime_ns)
+                yield video
+
+
+class Writer(Snapshot):
+    """The collection under its lock: the merged state, and new commits."""
+
+    def __init__(self, collection: Collection, command: str) -> None:
+        self.collection = collection
+        self._lock = Lock(collection.folder, command)
+
+    def __enter__(self) -> Writer:
+        self._lock.__enter__()
+        try:
+            self.read()
+            self._remove_debris()
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._lock.__exit__(kind, error, traceback)
 
     def _remove_debris(self) -> None:
         """Removes what a process that died left: temporary files, and data files that no commit names."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,20 @@ from typing import Any
 from indexes.generations import current_generation
 from models.base import Encoder
 from pipeline.catalog import find_videos
-from pipeline.collection import Collection, Writer, this_command
-from pipeline.commits import INDEX
+from pipeline.collection import Collection, Snapshot, Writer, this_command
+from pipeline.commits import FEATURES, FRAMES, INDEX
 from pipeline.config import (
     DEFAULT_FRAME_SIZE,
     EmbedOptions,
     SelectionPlan,
     SelectOptions,
+    check_base,
     check_encoder,
     merge_config,
     plan_selection,
     sampling_of,
     set_sampling,
+    share_sampling,
 )
 from pipeline.errors import UsageError
 from pipeline.output import number_of
@@ -30,7 +32,7 @@ from pipeline.progress import Progress
 from pipeline.reselect import count_unselected, select_stored
 from pipeline.run import Interrupts, Selecting, Summary, decode_videos, default_workers, run_videos, start_pool
 from pipeline.todo import Todo
-from pipeline.types import DecodeLimits, FrameGeometry, Hit
+from pipeline.types import DecodeLimits, FrameGeometry, Hit, Video
 
 CPU_BATCH, GPU_BATCH = 32, 256  # frames; a CPU gains nothing beyond (measured for ViT-B/32)
 
@@ -57,11 +59,17 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Which videos: files, folders, patterns; and a manifest."""
+    """Which videos: files, folders, patterns; and a manifest.
+
+    Attributes:
+        features_of: A collection of the encoder that the model's head is built on: its features are not computed again.
+            Without sources, its videos are meant.
+    """
 
     sources: Sequence[str] = ()
     manifest: Path | None = None
     retry_failed: bool = False
+    features_of: Path | None = None
 
     def check(self) -> None:
         """Raises UsageError for a source that is not there or has no videos, before anything is loaded or made."""
@@ -147,25 +155,34 @@ def _stream(
     from models.registry import DEFAULT_MODEL
 
     collection = Collection(folder) if Collection.exists(folder) else None
-    if sources or collection is None:
+    base = Snapshot(Collection(sources.features_of)) if sources.features_of else None
+    if sources or (collection is None and base is None):
         sources.check()
     config = merge_config(collection.config if collection else {}, options)
     config.setdefault("model", encoder.spec.name if encoder else options.model or DEFAULT_MODEL)
+    if base is not None:
+        share_sampling(config, base.collection)
     config.setdefault("exact_resize", False)
     plan = None if select is None else plan_selection(collection, select, change=False)
     get_encoder = _EncoderOnDemand(config, collection, machine, encoder)
     if collection is None:
         Collection.check_new(folder)
-        set_sampling(config, get_encoder().spec)  # a model that cannot be had must not leave a folder behind
+        loaded = get_encoder()  # a model that cannot be had must not leave a folder behind
+        set_sampling(config, loaded.spec)
+        if base is not None:
+            check_base(base.collection, loaded)
         collection = Collection.create(folder, config)
     with Interrupts() as interrupts, collection.writing(this_command()) as writer:
-        todo = _todo(writer, sources, "features", machine, interrupts)
+        stored = base.videos(FEATURES) if base is not None else writer.videos(FRAMES)
+        todo = _todo(writer, sources, stored, FEATURES, machine, interrupts)
         if plan is not None:
             collection.use_selection(plan.name, plan.content)
         summary = Summary(todo.counts)
         if todo.counts.to_do:
             loaded = get_encoder()
             set_sampling(config, loaded.spec)
+            if base is not None:
+                check_base(base.collection, loaded)
             config["precision"] = loaded.precision
             spec = asdict(loaded.spec)
             record = {
@@ -186,15 +203,18 @@ def _stream(
             batch_size = machine.batch_size or (GPU_BATCH if loaded.device.startswith("cuda") else CPU_BATCH)
             selecting = Selecting(plan, loaded) if plan else None
             with pool, machine.progress() as progress:
-                summary = run_videos(writer, todo, loaded, selecting, pool, batch_size, progress, interrupts)
+                summary = run_videos(writer, todo, loaded, selecting, pool, batch_size, progress, interrupts, base)
         if plan is not None:
             _select_missing(writer, plan, get_encoder, machine, interrupts)
             _index(writer, index_kind, None, machine)
     return summary
 
 
-def _todo(writer: Writer, sources: Sources, wanted: str, machine: Machine, interrupts: Interrupts) -> Todo:
-    todo = Todo(writer, sources.sources, sources.manifest, wanted, sources.retry_failed, machine.say, interrupts.check)
+def _todo(
+    writer: Writer, sources: Sources, stored: Iterable[Video], wanted: str, machine: Machine, interrupts: Interrupts
+) -> Todo:
+    paths, manifest, retry = sources.sources, sources.manifest, sources.retry_failed
+    todo = Todo(writer, paths, manifest, stored, wanted, retry, machine.say, interrupts.check)
     counts = todo.counts
     parts = [f"{counts.to_do} to do"]
     parts += [f"{counts.done_before} done before"] if counts.done_before else []
@@ -218,7 +238,7 @@ def decode(
     with Interrupts() as interrupts, collection.writing(this_command()) as writer:
         if collection.config != config:
             collection.update(config, collection.encoder)
-        todo = _todo(writer, sources, "frames", machine, interrupts)
+        todo = _todo(writer, sources, (), FRAMES, machine, interrupts)
         if not todo.counts.to_do:
             return Summary(todo.counts)
         size = config["frame_size"]
@@ -240,7 +260,7 @@ def select(
     collection = Collection(folder)
     plan = plan_selection(collection, options, change=True)
     with Interrupts() as interrupts, collection.writing(this_command()) as writer:
-        if not writer.state.places.get("features"):
+        if not writer.state.places.get(FEATURES):
             raise UsageError(f"{folder} has no features to select from", "Run 'fineco run' or 'fineco embed' first.")
         get_encoder = _EncoderOnDemand(collection.config, collection, machine, encoder)
         n_selected = _select_missing(writer, plan, get_encoder, machine, interrupts)

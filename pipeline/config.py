@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.base import EncoderSpec
+from models.base import Encoder, EncoderSpec, VideoEncoder
 from models.registry import absolute
 from pipeline.collection import Collection
 from pipeline.errors import UsageError
@@ -103,6 +103,39 @@ def set_sampling(config: dict[str, Any], spec: EncoderSpec | None) -> None:
         raise UsageError(
             f"sampling: {spec.name} takes {demanded.describe()}, not {sampling_of(config).describe()}",
             "Leave the sampling options out, or use another collection folder (-c).",
+        )
+
+
+def share_sampling(config: dict[str, Any], base: Collection) -> None:
+    """Takes over how another collection's frames were sampled, for its features are to be used.
+
+    Raises:
+        UsageError: The collection or the command has another sampling or resize.
+    """
+    for field in ("sampling", "exact_resize"):
+        if field in config and config[field] != base.config.get(field):
+            raise UsageError(
+                f"{field}: {base.folder} was made with {base.config.get(field)}, this collection with {config[field]}",
+                "Its features cannot be used here. Leave --features-of out, or use another collection folder (-c).",
+            )
+        if field in base.config:
+            config[field] = base.config[field]
+
+
+def check_base(base: Collection, encoder: Encoder) -> None:
+    """Raises UsageError unless a collection has features of the very encoder that another is built on."""
+    name = encoder.spec.name
+    if not isinstance(encoder, VideoEncoder):
+        raise UsageError(
+            f"--features-of: {name} is not built on another encoder's features",
+            "It is for models such as fineco:FOLDER and videoclip:FOLDER.",
+        )
+    recorded, wanted = base.encoder or {"name": "no encoder", "fingerprint": ""}, encoder.base.spec
+    if recorded["fingerprint"] != wanted.fingerprint:
+        raise UsageError(
+            f"--features-of: {base.folder} was made with {recorded['name']} ({recorded['fingerprint'][:12]}), "
+            f"{name} is built on {wanted.name} ({wanted.fingerprint[:12]})",
+            "Leave it out to decode and embed the videos.",
         )
 
 

@@ -8,42 +8,38 @@ stopped, record each video's outcome, and close a shard after so many videos, so
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from types import FrameType, TracebackType
 
 import numpy as np
-from PIL import Image
 
-from models.base import Encoder
+from models.base import Encoder, VideoEncoder
 from pipeline import store
 from pipeline.catalog import check_unchanged
-from pipeline.collection import Writer, this_command
+from pipeline.collection import Snapshot, Writer, this_command
 from pipeline.commits import EMBEDDINGS, FEATURES, FRAMES, Row
 from pipeline.config import SelectionPlan
-from pipeline.decode import DecodedFrame, DecodeEvent, DecodePool, VideoDecoded, VideoFailed
-from pipeline.embed import FrameEmbedder, VideoEmbedded, encode_texts
+from pipeline.decode import DecodedFrame, DecodePool, VideoDecoded, VideoFailed
+from pipeline.embed import EmbedEvent, FrameEmbedder, VideoEmbedded, encode_texts
 from pipeline.errors import Interrupted, VideoError
-from pipeline.geometry import fit_pixels
 from pipeline.output import number_of
 from pipeline.progress import Progress
 from pipeline.sampling import Sampling
 from pipeline.select import embed_video, select_frames
+from pipeline.stored import stored_features, stored_frames
 from pipeline.todo import CHANGED, Counts, Todo
-from pipeline.types import DecodeLimits, FrameFeatures, FrameGeometry, Outcome, TimedText, UInt8, Video, VideoEmbedding
+from pipeline.types import DecodeLimits, FrameFeatures, FrameGeometry, Outcome, TimedText, Video, VideoEmbedding
 
 SHARD_VIDEOS = 1000
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 60.0
-UNPACKED_FRAMES = 128  # at a time, of those that `decode` stored: a whole film would not fit in memory
 SKIP_CODES = frozenset({"no_video"})  # not a failure: there is nothing to index
 
 
@@ -266,11 +262,13 @@ def run_videos(
     batch_size: int,
     progress: Progress,
     interrupts: Interrupts,
+    base: Snapshot | None = None,
 ) -> Summary:
     """Decodes and embeds what is to do, and selects frames if `selecting`; writes shards.
 
     Args:
         pool: Decoding processes, started for the encoder's geometry.
+        base: A collection with features of the encoder's base, which need not be computed again.
 
     Raises:
         Interrupted: After the shard in progress was written.
@@ -282,7 +280,7 @@ def run_videos(
     embedder = FrameEmbedder(encoder, batch_size)
     progress.set_total(todo.counts.to_do)
     try:
-        for event in embedder.embed(_frames(writer, todo, pool, interrupts.stop), interrupts.stop):
+        for event in _embed_all(writer, todo, encoder, base, embedder, pool, interrupts.stop):
             if isinstance(event, int):
                 progress.update(frames=event)
                 shard.flush_if_due()
@@ -329,56 +327,34 @@ def _embedded(shard: _Shard, event: VideoEmbedded, selecting: Selecting | None, 
     shard.add_features(event.decoded, event.features)
 
 
-def _frames(writer: Writer, todo: Todo, pool: DecodePool, stop: threading.Event) -> Iterator[DecodeEvent]:
-    """Frames of every video to do: from `frames/` where `decode` left them, else from the video."""
-    stored = writer.state.places.get(FRAMES)
-    if not stored:
-        return pool.decode(todo.videos(), stop)
-    with_frames = (video for video in todo.videos() if writer.state.has(FRAMES, video))
-    without = (video for video in todo.videos() if not writer.state.has(FRAMES, video))
-    return chain(_stored_frames(writer, with_frames, pool.geometry), pool.decode(without, stop))
+def _embed_all(
+    writer: Writer,
+    todo: Todo,
+    encoder: Encoder,
+    base: Snapshot | None,
+    embedder: FrameEmbedder,
+    pool: DecodePool,
+    stop: threading.Event,
+) -> Iterator[EmbedEvent]:
+    """Every video to do: from its stored features under the encoder's base, from stored frames, or from the video."""
 
+    def source(video: Video) -> str:
+        if base is not None and base.state.has(FEATURES, video):
+            return "features"
+        return "frames" if writer.state.has(FRAMES, video) else "video"
 
-def _stored_frames(writer: Writer, videos: Iterable[Video], geometry: FrameGeometry) -> Iterator[DecodeEvent]:
-    """Frames that `decode` left, as if they were being decoded."""
+    def videos(wanted: str) -> Iterator[Video]:
+        return (video for video in todo.videos() if source(video) == wanted)
 
-    def pixels(jpeg: bytes) -> UInt8:
-        with Image.open(io.BytesIO(jpeg)) as image:
-            return fit_pixels(np.asarray(image.convert("RGB")), geometry)
-
-    opened: tuple[int, store.FramesShard, dict[str, int]] | None = None
-    try:
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
-            for video in videos:
-                number = writer.state.places[FRAMES][video.video_id].commit
-                if opened is None or opened[0] != number:
-                    if opened:
-                        opened[1].close()
-                    path = writer.collection.open_file(f"{FRAMES}/{number:06d}.h5", writer.records)
-                    shard = store.FramesShard(path)
-                    opened = number, shard, {video_id: row for row, video_id in enumerate(shard.video_ids)}
-                started = time.monotonic()
-                _, shard, rows = opened
-                frames = shard.frames(rows[video.video_id])
-                for start in range(0, len(frames.jpegs), UNPACKED_FRAMES):
-                    some = slice(start, start + UNPACKED_FRAMES)
-                    unpacked = threads.map(pixels, frames.jpegs[some])
-                    for seconds, data in zip(frames.pts_seconds[some].tolist(), unpacked, strict=True):
-                        yield DecodedFrame(video, 1, seconds, data)
-                yield VideoDecoded(
-                    video,
-                    1,
-                    frames.video.duration_seconds,
-                    frames.span_seconds,
-                    0,
-                    (),
-                    time.monotonic() - started,
-                    0.0,
-                    True,
-                )
-    finally:
-        if opened:
-            opened[1].close()
+    if base is not None and isinstance(encoder, VideoEncoder):
+        for event in stored_features(base, videos("features"), encoder):
+            if stop.is_set():
+                return
+            yield event
+    frames = pool.decode(videos("video"), stop)
+    if writer.state.places.get(FRAMES):
+        frames = chain(stored_frames(writer, videos("frames"), pool.geometry), frames)
+    yield from embedder.embed(frames, stop)
 
 
 def decode_videos(writer: Writer, todo: Todo, pool: DecodePool, progress: Progress, interrupts: Interrupts) -> Summary:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.catalog import find_videos
 from pipeline.collection import Writer
-from pipeline.commits import FRAMES, Row
+from pipeline.commits import Row
 from pipeline.types import Outcome, Video
 
 CATALOG_ROWS_PER_COMMIT = 10_000
@@ -36,7 +36,8 @@ class Todo:
 
     Args:
         writer: The collection, locked.
-        sources, manifest: As `catalog.find_videos` takes them. Neither: the videos whose frames are stored.
+        sources, manifest: As `catalog.find_videos` takes them.
+        stored: The videos when there are neither: those that an earlier command stored something of.
         wanted: Kind of data that makes a video done: `frames` or `features`.
         retry_failed: Also videos that failed in an earlier run.
         warn: Gets a line per thing worth knowing.
@@ -48,6 +49,7 @@ class Todo:
         writer: Writer,
         sources: Sequence[str],
         manifest: Path | None,
+        stored: Iterable[Video],
         wanted: str,
         retry_failed: bool,
         warn: Callable[[str], None],
@@ -57,12 +59,8 @@ class Todo:
         self._writer = writer
         self._spool = tempfile.TemporaryFile()
         self._rows: list[Row] = []
-        found_videos: Iterable[Video | Outcome]
-        if sources or manifest:
-            found_videos = find_videos(sources, manifest, writer.state.known.get, warn)
-        else:
-            found_videos = _with_frames(writer)
-        for found in found_videos:
+        known = writer.state.known.get
+        for found in find_videos(sources, manifest, known, warn) if sources or manifest else stored:
             check()
             self.counts.found += 1
             if isinstance(found, Outcome):
@@ -120,21 +118,3 @@ class Todo:
         if self._rows:
             self._writer.commit("catalog", self._rows, [])
             self._rows = []
-
-
-def _with_frames(writer: Writer) -> Iterator[Video]:
-    """The videos whose frames `decode` stored, with the paths and texts last seen."""
-    state = writer.state
-    places = state.places.get(FRAMES, {})
-    texts = writer.newer_texts(FRAMES, set(places))
-    for commit in writer.collection.commits():
-        for row in commit.rows:
-            video = row.video()
-            place = places.get(video.video_id)
-            if place is None or place.commit != commit.number or row.outcome.status != "ok":
-                continue
-            path = state.paths.get(video.video_id, video.path)
-            video = replace(video, path=path, texts=texts.get(video.video_id, video.texts))
-            if seen := state.known.get(path):
-                video = replace(video, size_bytes=seen.size_bytes, mtime_ns=seen.mtime_ns, ctime_ns=seen.ctime_ns)
-            yield video

@@ -60,13 +60,21 @@ source_options = options(
     ),
     click.option("--retry-failed", is_flag=True, help="Try videos again that failed in an earlier run."),
 )
+features_option = click.option(
+    "--features-of",
+    type=click.Path(path_type=Path),
+    help="Collection of the encoder under a fineco: or videoclip: model: its features are used, nothing is decoded.",
+)
 sampling_options = options(
     click.option("--fps", type=float, help="Sampled frames per second of video.  [default: 1]"),
     click.option("--frames", "n_frames", type=int, help="Instead: so many frames a video, evenly spaced."),
     click.option("--keyframes", is_flag=True, help="Instead: only keyframes, which are fast to decode."),
 )
 encoder_options = options(
-    click.option("--model", help="Encoder: builtin, open_clip:ARCH[/TAG].  [default: open_clip:PE-Core-B-16]"),
+    click.option(
+        "--model",
+        help="Encoder: builtin, open_clip:ARCH[/TAG], fineco:FOLDER, ...  [default: open_clip:PE-Core-B-16]",
+    ),
     click.option(
         "--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Arithmetic of the encoder.  [default: auto]"
     ),
@@ -197,7 +205,7 @@ def machine_from(context: Context, device: str = "auto", **given: Any) -> Machin
 def sources_from(given: dict[str, Any]) -> Sources:
     from pipeline.commands import Sources
 
-    return Sources(given["sources"], given["manifest"], given["retry_failed"])
+    return Sources(given["sources"], given["manifest"], given["retry_failed"], given.get("features_of"))
 
 
 def embed_options_from(given: dict[str, Any]) -> EmbedOptions:

@@ -18,6 +18,7 @@ from pipeline.cli.options import (
     device_option,
     embed_options_from,
     encoder_options,
+    features_option,
     finish,
     format_option,
     kind_option,
@@ -39,6 +40,7 @@ NO_HIT = 4
 @collection_option
 @sampling_options
 @encoder_options
+@features_option
 @device_option
 @selection_options
 @kind_option
@@ -89,6 +91,7 @@ def decode(context: Context, /, folder: Path, **given: Any) -> None:
 @collection_option
 @sampling_options
 @encoder_options
+@features_option
 @device_option
 @work_options
 @limit_options

@@ -156,7 +156,7 @@ def test_stored_frames_do_not_pile_up_in_memory(tmp_path: Path, monkeypatch: pyt
         most_ahead = max(most_ahead, unpacked - sum(encoder.batch_sizes))
         return fit_pixels(pixels, geometry)
 
-    monkeypatch.setattr("pipeline.run.fit_pixels", counted)
+    monkeypatch.setattr("pipeline.stored.fit_pixels", counted)
     commands.embed(tmp_path / "c", Sources(), EmbedOptions(), machine(), encoder)
     assert unpacked == 600
     assert most_ahead < 300
