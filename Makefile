@@ -6,12 +6,13 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 UV := $(BIN)/uv
 
-.PHONY: help demo test lock clean
+.PHONY: help demo test study lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    set up, then search a small generated collection'
 	@echo 'make test    set up, then lint, type-check and test'
+	@echo 'make study   set up, then measure what the frame loss and the selectors bring (about half an hour; docs/STUDY.md)'
 	@echo 'make lock    fit requirements.lock to pyproject.toml (UPGRADE=1: take the newest versions)'
 	@echo 'make clean   remove .venv and the caches'
 	@echo
@@ -25,6 +26,9 @@ test: .venv/.project
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+study: .venv/.project
+	$(BIN)/python benchmarks/noise_share.py
 
 # The stamps are touched last, so a killed set-up leaves none and --clear empties what it left.
 .venv/.packages: requirements.lock
