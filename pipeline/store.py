@@ -289,6 +289,11 @@ class FeaturesShard(Shard):
     def _check_lengths(self) -> None:
         self._check_length(int(self.offsets[-1]), "features")
 
+    @property
+    def dim(self) -> int:
+        """Length of a row of features."""
+        return int(self._datasets["features"].shape[1])
+
     def features(self, row: int) -> FrameFeatures:
         """The features of one video, float32."""
         where, get = self._slice(row), self._datasets
@@ -301,6 +306,23 @@ class FeaturesShard(Shard):
                 float(self.spans[row]),
             ),
         )
+
+
+def map_features(path: Path) -> tuple[NDArray[np.float16], Float64]:
+    """Features (M, D) and times (M,) of a whole shard, mapped into memory read-only: nothing is read until it is used.
+
+    Datasets are contiguous in the file, so a map of the file holds them as they are.
+
+    Raises:
+        IntegrityError: The file is not a features shard.
+    """
+    with FeaturesShard(path) as shard:
+        places = [(d.id.get_offset(), d.shape) for d in (shard._datasets["features"], shard._datasets["pts_seconds"])]
+    whole = np.memmap(path, np.uint8, "r")
+    (features_at, features_shape), (times_at, times_shape) = places
+    features: NDArray[np.float16] = np.ndarray(features_shape, "<f2", whole, features_at)
+    pts_seconds: Float64 = np.ndarray(times_shape, "<f8", whole, times_at)
+    return features, pts_seconds
 
 
 class EmbeddingsShard(Shard):

@@ -1,0 +1,114 @@
+"""The folder of a training: what it was started with, its state for an exact restart, its metrics, its weights.
+
+fineco-kitchen/
+  config.json           what the model is, what it was trained on and with, and the result once there is one
+  head.safetensors      the best weights so far (VideoCLIP's towers: in the form of `fineco convert`)
+  metrics.jsonl         a line now and then, and one for each validation
+  training/state.pt     everything a restart needs
+  training/texts-*.npy  the texts' vectors
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import IntegrityError
+from pipeline.files import write_bytes, write_file
+
+WORK = "training"
+STATE = "state.pt"
+METRICS = "metrics.jsonl"
+SAVE_SECONDS = 60.0
+SAVE_SHARE = 20  # saving takes at most a twentieth of the time: a state of 3 GB is written less often
+
+
+class Journal:
+    """State and metrics of one training on disk.
+
+    Args:
+        folder: Of the checkpoint.
+        save_steps: Save the state after so many steps; None: every minute.
+        tensorboard: Also write the metrics for TensorBoard, in `tensorboard/`.
+    """
+
+    def __init__(self, folder: Path, save_steps: int | None = None, tensorboard: bool = False) -> None:
+        self.folder = folder
+        self._save_steps = save_steps
+        self._saved_at = time.monotonic()
+        self._save_cost = 0.0
+        self._metrics = folder / METRICS
+        self._tensorboard = tensorboard
+        self._events: Any = None
+
+    def load(self) -> dict[str, Any] | None:
+        """The saved state; metrics of steps after it are dropped, for they will come again.
+
+        Raises:
+            IntegrityError: The state is damaged.
+        """
+        path = self.folder / WORK / STATE
+        state: dict[str, Any] | None = None
+        if path.exists():
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch, zipfile and pickle each have their own
+                raise IntegrityError(
+                    f"{path} cannot be read: {type(error).__name__}",
+                    f"Remove the folder {path.parent} to start the training again.",
+                ) from error
+        self._drop_metrics_after(int(state["step"]) if state else 0)
+        if self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=int(state["step"]) + 1 if state else None
+            )
+        return state
+
+    def is_due(self, step: int) -> bool:
+        """Whether the state is to be saved now."""
+        if self._save_steps is not None:
+            return step % self._save_steps == 0
+        return time.monotonic() - self._saved_at >= max(SAVE_SECONDS, SAVE_SHARE * self._save_cost)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Writes the state, whole or absent."""
+        started = time.monotonic()
+        write_file(self.folder / WORK / STATE, lambda path: torch.save(state, path))
+        self._saved_at = time.monotonic()
+        self._save_cost = self._saved_at - started
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Adds a line of metrics, on disk before the next step."""
+        with self._metrics.open("a", encoding="ascii") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._events is not None:
+            for name, value in line.items():
+                if isinstance(value, float):
+                    self._events.add_scalar(name, value, line["step"])
+            self._events.flush()
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+
+    def _drop_metrics_after(self, step: int) -> None:
+        try:
+            lines = self._metrics.read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return
+        kept = [line for line in lines if _step_of(line) <= step]
+        if kept != lines:
+            write_bytes(self._metrics, b"".join(kept))
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
+    except (ValueError, KeyError, TypeError):  # a line that a dying process left
+        return float("inf")
