@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from models.base import Encoder, EncoderSpec, VideoEncoder
-from models.registry import absolute
+from models.registry import DEFAULT_MODEL, absolute
+from models.scorer_file import default_scorer, how_to_train, read_facts
 from pipeline.collection import Collection
 from pipeline.errors import UsageError
+from pipeline.files import sha256_of
 from pipeline.sampling import Sampling
 from pipeline.select import SELECTORS, Keep, parse_keep
 
@@ -43,6 +45,7 @@ class SelectOptions:
     selector: str | None = None
     keep: str | None = None
     topics: tuple[str, ...] | None = None
+    scorer: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class SelectionPlan:
     topics: tuple[str, ...]
     name: str
     content: dict[str, Any]
+    scorer: Path | None = None  # its file, for the selector of that name
 
 
 def sampling_of(config: dict[str, Any]) -> Sampling:
@@ -158,15 +162,19 @@ def check_encoder(collection: Collection, spec: EncoderSpec, precision: str) -> 
         _refuse("precision", recorded["precision"], precision)
 
 
-def plan_selection(collection: Collection | None, options: SelectOptions, change: bool) -> SelectionPlan:
+def plan_selection(
+    collection: Collection | None, options: SelectOptions, change: bool, model: str | None = None
+) -> SelectionPlan:
     """The selection a command means.
 
     Args:
         collection: None for one that is still to be made.
         change: `select` may choose another one than is in use; `run` and `index` may not.
+        model: Name of the encoder, where the collection does not say it yet.
 
     Raises:
-        UsageError: Options that do not go together, or that differ from the selection in use.
+        UsageError: Options that do not go together, or that differ from the selection in use; no scorer for this
+            encoder, or another encoder's.
     """
     name = collection.current_selection() if collection else None
     recorded = collection.selection(name) if collection and name else {}
@@ -180,17 +188,52 @@ def plan_selection(collection: Collection | None, options: SelectOptions, change
         raise UsageError("selector topics needs a list of texts", "Give a file with one text a line: --topics FILE.")
     if topics and selector != "topics":
         raise UsageError(f"--topics goes with --selector topics, not {selector}")
+    if options.scorer is not None and selector != "scorer":
+        raise UsageError(f"--scorer goes with --selector scorer, not {selector}")
     content = {"selector": selector, "keep": keep, "topics": list(topics)}
-    if collection and recorded and recorded != content and not change:
-        field = next(f for f in content if recorded.get(f) != content[f])
-        raise UsageError(
-            f"{field}: the selection in use was made with {recorded.get(field)}, the command says {content[field]}",
-            f"Choose frames anew, without decoding or embedding, with 'fineco select -c {collection.folder}'.",
-        )
     plan_name = selector if selector == "all" else f"{selector}-{keep}"
     if topics:
         plan_name += "-" + hashlib.sha256("\n".join(topics).encode()).hexdigest()[:8]
-    return SelectionPlan(selector, parse_keep(keep), topics, plan_name, content)
+    scorer = None
+    if selector == "scorer":
+        model = model or (collection.config.get("model") if collection else None) or DEFAULT_MODEL
+        scorer = _find_scorer(options.scorer, recorded.get("scorer_file") if same else None, model)
+        content["scorer"] = sha256_of(scorer)
+        plan_name += f"-{content['scorer'][:8]}"
+    if collection and recorded and not change:
+        field = next((f for f in content if recorded.get(f) != content[f]), None)
+        if field is not None:
+            before, now = (c.get(field) if field != "scorer" else c["scorer"][:12] for c in (recorded, content))
+            raise UsageError(
+                f"{field}: the selection in use was made with {before}, the command says {now}",
+                f"Choose frames anew, without decoding or embedding, with 'fineco select -c {collection.folder}'.",
+            )
+    if scorer is not None:
+        content["scorer_file"] = str(scorer)  # where to look first the next time; its digest alone says which it is
+    plan = SelectionPlan(selector, parse_keep(keep), topics, plan_name, content, scorer)
+    if collection and collection.encoder:
+        check_scorer(plan, collection.encoder["name"], collection.encoder["fingerprint"])
+    return plan
+
+
+def _find_scorer(given: Path | None, recorded: str | None, model: str) -> Path:
+    """The scorer's file, absolute: the one given, the one the selection was made with, or the one the model has."""
+    if given is not None:
+        read_facts(given)
+        return given.absolute()
+    if recorded is not None and Path(recorded).is_file():
+        return Path(recorded)
+    path = default_scorer(model)
+    if path is None:
+        lost = f"{recorded} is gone" if recorded else f"no scorer comes with {model}"
+        raise UsageError(f"scorer: {lost}", "Give its file: --scorer FILE." if recorded else how_to_train(model))
+    return path.absolute()
+
+
+def check_scorer(plan: SelectionPlan, name: str, fingerprint: str) -> None:
+    """Raises UsageError if the plan has a scorer and it was trained on another encoder's features."""
+    if plan.scorer is not None:
+        read_facts(plan.scorer).check_encoder(plan.scorer, name, fingerprint)
 
 
 def read_lines(path: Path, what: str) -> tuple[str, ...]:

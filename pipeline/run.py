@@ -13,8 +13,9 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from types import FrameType, TracebackType
 
@@ -25,7 +26,7 @@ from pipeline import store
 from pipeline.catalog import check_unchanged
 from pipeline.collection import Snapshot, Writer, this_command
 from pipeline.commits import EMBEDDINGS, FEATURES, FRAMES, Row
-from pipeline.config import SelectionPlan
+from pipeline.config import SelectionPlan, check_scorer
 from pipeline.decode import DecodedFrame, DecodePool, VideoDecoded, VideoFailed
 from pipeline.embed import EmbedEvent, FrameEmbedder, VideoEmbedded, encode_texts
 from pipeline.errors import Interrupted, VideoError
@@ -35,7 +36,16 @@ from pipeline.sampling import Sampling
 from pipeline.select import embed_video, select_frames
 from pipeline.stored import stored_features, stored_frames
 from pipeline.todo import CHANGED, Counts, Todo
-from pipeline.types import DecodeLimits, FrameFeatures, FrameGeometry, Outcome, TimedText, Video, VideoEmbedding
+from pipeline.types import (
+    DecodeLimits,
+    Float32,
+    FrameFeatures,
+    FrameGeometry,
+    Outcome,
+    TimedText,
+    Video,
+    VideoEmbedding,
+)
 
 SHARD_VIDEOS = 1000
 SHARD_BYTES = 64 << 20
@@ -225,7 +235,11 @@ def _stored(decoded: VideoDecoded) -> store.StoredVideo:
 
 
 class Selecting:
-    """Selects frames by one plan; encodes each video's texts, and the topics once."""
+    """Selects frames by one plan; encodes each video's texts, and the topics once.
+
+    Raises:
+        UsageError: The plan's scorer cannot be read or was trained on features of another encoder.
+    """
 
     def __init__(self, plan: SelectionPlan, encoder: Encoder | None) -> None:
         self.plan = plan
@@ -233,6 +247,13 @@ class Selecting:
         self._topic_vectors = None
         if plan.selector == "topics" and encoder is not None:
             self._topic_vectors = encode_texts(encoder, list(plan.topics))
+        self._predict: Callable[[Float32], Float32] | None = None
+        if plan.scorer is not None:
+            from models.scorer import load_scorer, score_frames_without_text
+
+            if encoder is not None:
+                check_scorer(plan, encoder.spec.name, encoder.spec.fingerprint)
+            self._predict = partial(score_frames_without_text, load_scorer(plan.scorer))
 
     @property
     def has_encoder(self) -> bool:
@@ -248,6 +269,8 @@ class Selecting:
         elif plan.selector == "caption" and texts and self._encoder is not None:
             vectors = encode_texts(self._encoder, [t.text for t in texts])
             selection = select_frames(features, "caption", plan.keep, texts, vectors)
+        elif self._predict is not None:
+            selection = select_frames(features, "scorer", plan.keep, predicted=self._predict(features.features))
         else:
             selection = select_frames(features, plan.selector, plan.keep)
         return embed_video(features, selection)

@@ -10,8 +10,8 @@ docs/METHOD.md section 1 fixes the exact form and section 2 says where the text 
                                            left out: it is positive, so it changes no order
     K          max(1, ceil(ratio * T))     `n_kept(keep, T)`
     P, N       positives, negatives        `kept`, `~kept`
-    selectors  caption, topics, uniform,   the functions of those names
-               all
+    selectors  caption, topics, uniform,   the functions of those names; `scorer` takes the place of the text's
+               scorer, all                 scores with those of models.scorer
 
 Everything is float32 on one video alone, so a video's selection never depends on which others are in the run.
 """
@@ -27,9 +27,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
-from pipeline.types import Float32, FrameFeatures, Selection, TimedText, VideoEmbedding, check_shape, check_unit_rows
+from pipeline.types import (
+    Bool,
+    Float32,
+    FrameFeatures,
+    Selection,
+    TimedText,
+    VideoEmbedding,
+    check_shape,
+    check_unit_rows,
+)
 
-SELECTORS = ("caption", "topics", "uniform", "all")
+SELECTORS = ("caption", "topics", "uniform", "all", "scorer")
 
 PAD_SECONDS = 1.0
 # On both sides of a cue: subtitles appear with the speech and are gone before what they name has left the picture, and
@@ -96,6 +105,7 @@ def select_frames(
     keep: Keep,
     texts: Sequence[TimedText] = (),
     text_vectors: Float32 | None = None,
+    predicted: Float32 | None = None,
 ) -> Selection:
     """Scores the frames of one video and keeps some.
 
@@ -104,13 +114,14 @@ def select_frames(
         keep: How many; `all` does not look at it.
         texts: The video's own texts for `caption`; the user's list for `topics` (spans are ignored there).
         text_vectors: (M, D) float32 unit rows, one for each text; None where there are no texts.
+        predicted: (N,) float32, what models.scorer.score_frames_without_text says; for `scorer` alone.
 
     Returns:
         The selection. It names `uniform` when `caption` found no text for this video.
 
     Raises:
         UsageError: Unknown selector, or `topics` without a topic.
-        ValueError: Texts and vectors do not fit each other or the features.
+        ValueError: Texts and vectors do not fit each other or the features; `scorer` without predicted scores.
     """
     h = features.features
     if text_vectors is None:
@@ -122,6 +133,11 @@ def select_frames(
         return caption(features, keep, texts, text_vectors)
     if selector == "topics":
         return topics(h, keep, text_vectors)
+    if selector == "scorer":
+        if predicted is None:
+            raise ValueError("the selector 'scorer' needs predicted scores")
+        check_shape("predicted", predicted, (len(h),), np.float32)
+        return Selection(predicted, highest(predicted, keep), "scorer")
     if selector == "uniform":
         return uniform(len(h), keep)
     if selector == "all":
@@ -163,9 +179,7 @@ def topics(h: Float32, keep: Keep, text_vectors: Float32) -> Selection:
     if len(text_vectors) == 0:
         raise UsageError("the selector 'topics' needs at least one topic", "give a file with one topic on each line")
     s = np.einsum("td,md->tm", h, text_vectors).max(axis=1)
-    kept = np.zeros(len(h), np.bool_)
-    kept[best_first(s)[: n_kept(keep, len(h))]] = True
-    return Selection(s, kept, "topics")
+    return Selection(s, highest(s, keep), "topics")
 
 
 def uniform(n_frames: int, keep: Keep) -> Selection:
@@ -199,6 +213,13 @@ def cosines(h: Float32, z: Float32) -> Float32:
 def best_first(s: Float32) -> NDArray[np.intp]:
     """Positions from the highest score to the lowest; of equal scores, the earlier frame first."""
     return np.argsort(-s, kind="stable")
+
+
+def highest(s: Float32, keep: Keep) -> Bool:
+    """Which frames have the K highest scores (T,)."""
+    kept = np.zeros(len(s), np.bool_)
+    kept[best_first(s)[: n_kept(keep, len(s))]] = True
+    return kept
 
 
 def pool(h: Float32, s: Float32) -> Float32:
