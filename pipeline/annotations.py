@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -179,13 +179,29 @@ def read_answers(path: Path) -> tuple[str, ...]:
     return tuple(value)
 
 
-def read_video_names(path: Path) -> frozenset[str]:
+@dataclass(frozen=True, slots=True)
+class VideoList:
+    """Names of videos, and the SHA-256 of the file they are from."""
+
+    names: frozenset[str]
+    sha256: str
+
+
+def restrict(annotations: Annotations[Row], videos: VideoList) -> Annotations[Row]:
+    """The annotations of the listed videos. Raises UsageError if there is none."""
+    rows = tuple(row for row in annotations.rows if row.video in videos.names)
+    if not rows:
+        raise UsageError("no annotated video is in the list of videos", "Both name videos in the same way.")
+    return replace(annotations, rows=rows)
+
+
+def read_video_list(path: Path) -> VideoList:
     """A list of videos: MSR-VTT's CSV of one column `video_id`, YouCookII's lines `recipe/id`, or a name a line.
 
     Raises:
         UsageError: It is something else, or empty.
     """
-    text, _ = read_text(path)
+    text, sha256 = read_text(path)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if lines and lines[0] == "video_id":
         del lines[0]
@@ -195,7 +211,7 @@ def read_video_names(path: Path) -> frozenset[str]:
         )
     if not lines:
         raise UsageError(f"{path}: no video in it", "One name a line.")
-    return frozenset(line.rpartition("/")[2] for line in lines)
+    return VideoList(frozenset(line.rpartition("/")[2] for line in lines), sha256)
 
 
 # ---------------------------------------------------------------------------------------------- bytes to known format

@@ -1,0 +1,1 @@
+"""The published protocols over a collection: retrieval, multiple choice, questions, moments; and their reports."""

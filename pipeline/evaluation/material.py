@@ -1,0 +1,226 @@
+"""What an evaluation takes from a collection: its encoder, the features of the annotated videos, how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from models.base import Encoder, VideoEncoder
+from pipeline import store
+from pipeline.annotations import Annotations
+from pipeline.collection import Collection, Snapshot
+from pipeline.commands import Machine
+from pipeline.commits import FEATURES
+from pipeline.config import SelectionPlan, SelectOptions, check_encoder, plan_selection, sampling_of
+from pipeline.embed import encode_texts
+from pipeline.errors import UsageError
+from pipeline.evaluate import CONFIDENCE, DRAWS, MeanMetrics
+from pipeline.evaluation.clips import VideoRows
+from pipeline.evaluation.matching import Matched, match_videos
+from pipeline.run import Selecting
+from pipeline.types import Float32, Video
+
+ALL_FRAMES = SelectOptions("all")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How texts are compared with clips.
+
+    Attributes:
+        score: `rescore` (frames weighted by a softmax, as a search ranks) or `mean` (pooled vectors, as an index does).
+        select: Over which frames; the videos' own texts serve `caption`.
+        model: A video model over this collection's features that scores pairs itself; then `score` plays no part.
+        draws, seed: Of the bootstrap; the seed also draws lists and samples.
+    """
+
+    score: str = "rescore"
+    select: SelectOptions = ALL_FRAMES
+    model: str | None = None
+    draws: int = DRAWS
+    seed: int = 0
+
+
+def intervals_of(options: Options, over: str) -> dict[str, Any]:
+    """How the intervals of a report were made, as its entry."""
+    return {"intervals": {"level": CONFIDENCE, "draws": options.draws, "over": over, "seed": options.seed}}
+
+
+def split_of(
+    annotations: Annotations[Any], names: set[str], matched: Matched | None, used: dict[str, int]
+) -> dict[str, Any]:
+    """What was read and what of it was found (None: no collection was asked) and used, as an entry of a report."""
+    return {
+        "dataset": annotations.dataset,
+        "subset": annotations.subset,
+        "sha256": annotations.sha256,
+        "rows": len(annotations.rows),
+        "videos": len(names),
+        "found": None if matched is None else len(matched.found),
+        "missing": [] if matched is None else list(matched.missing),
+        "used": used,
+    }
+
+
+def result_of(method: str, metrics: MeanMetrics) -> dict[str, Any]:
+    """Means and their intervals, as an entry of a report."""
+    intervals = {name: list(interval) for name, interval in metrics.intervals.items()}
+    return {
+        "method": method,
+        "queries": metrics.n,
+        "tied": metrics.tied,
+        "values": metrics.values,
+        "intervals": intervals,
+    }
+
+
+class Material:
+    """A collection opened for evaluation.
+
+    Args:
+        collection: Made by `fineco run` or `fineco embed`.
+        options: What is compared, and how.
+        machine: Device, and where notes go.
+        encoder: Instead of loading the one the collection was made with.
+        model: Instead of loading `options.model`.
+
+    Raises:
+        UsageError: No features; or the model is not one over these features.
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        options: Options,
+        machine: Machine,
+        encoder: Encoder | None = None,
+        model: VideoEncoder | None = None,
+    ) -> None:
+        if collection.encoder is None:
+            raise UsageError(
+                f"{collection.folder} has no features yet", f"Run 'fineco run VIDEOS -c {collection.folder}'."
+            )
+        self._record: dict[str, Any] = collection.encoder
+        self._snapshot = Snapshot(collection)
+        self._collection = collection
+        self.options = options
+        self.plan: SelectionPlan = plan_selection(None, options.select, change=True)
+        self.model = model or (_load_model(collection, options.model, machine) if options.model else None)
+        if self.model is not None:
+            encoder = self.model.base
+        elif encoder is None:
+            from models.registry import cautions, load_encoder
+
+            encoder = load_encoder(collection.config["model"], machine.device, self._record["precision"])
+            for caution in cautions(encoder.spec.name):
+                machine.say(caution)
+        check_encoder(collection, encoder.spec, encoder.precision)
+        self.encoder = encoder
+
+    def match(self, names: set[str]) -> Matched:
+        """The collection's video of each annotated name.
+
+        Raises:
+            UsageError: It has none of them, or a name fits two.
+        """
+        matched = match_videos(names, self._snapshot.videos(FEATURES))
+        if not matched.found:
+            raise UsageError(
+                f"{self._collection.folder} has none of the {len(matched.missing)} annotated videos "
+                f"({', '.join(matched.missing[:3])} ...)",
+                "Videos are matched by id, file name, or file name without extension.",
+            )
+        return matched
+
+    def read(self, videos: Iterable[Video]) -> dict[str, VideoRows]:
+        """The rows of some videos by id, after the selector; all are held in memory.
+
+        Raises:
+            IntegrityError: A shard is damaged.
+        """
+        places = self._snapshot.state.places[FEATURES]
+        by_commit: dict[int, dict[str, Video]] = {}
+        for video in videos:
+            by_commit.setdefault(places[video.video_id].commit, {})[video.video_id] = video
+        selecting = None if self.plan.selector == "all" else Selecting(self.plan, self.encoder)
+        rows: dict[str, VideoRows] = {}
+        for commit, wanted in sorted(by_commit.items()):
+            path = self._collection.open_file(f"{FEATURES}/{commit:06d}.h5", self._snapshot.records)
+            with store.FeaturesShard(path) as shard:
+                for at, video_id in enumerate(shard.video_ids):
+                    if video_id in wanted:
+                        features = shard.features(at)
+                        kept = selecting.select(features, wanted[video_id].texts) if selecting else features
+                        rows[video_id] = VideoRows(
+                            kept.features, kept.pts_seconds, kept.span_seconds, float(shard.durations[at])
+                        )
+        return rows
+
+    def encode(self, texts: list[str]) -> Float32:
+        """(M, D) unit rows under the collection's encoder; each distinct text is encoded once."""
+        distinct = list(dict.fromkeys(texts))
+        vectors = encode_texts(self.encoder, distinct)
+        row = {text: i for i, text in enumerate(distinct)}
+        found: Float32 = vectors[[row[text] for text in texts]]
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """Encoder, sampling, selector and score, for a report."""
+        content = {
+            "encoder": self._record["name"],
+            "fingerprint": self._record["fingerprint"],
+            "precision": self._record["precision"],
+            "sampling": sampling_of(self._collection.config).describe(),
+            "selector": self.plan.selector,
+            "keep": None if self.plan.selector == "all" else self.plan.content["keep"],
+        }
+        if self.plan.topics:
+            content["topics"] = list(self.plan.topics)
+        if self.model is not None:
+            spec = self.model.spec
+            return content | {"score": "model", "model": spec.name, "model_fingerprint": spec.fingerprint}
+        if self.options.score == "rescore":
+            return content | {"score": "rescore", "temperature": self.encoder.spec.temperature}
+        return content | {"score": self.options.score}
+
+    def own_texts(self, videos: Iterable[Video]) -> set[str]:
+        """What the selector `caption` selected by: the texts beside the videos. Empty for other selectors."""
+        return {text.text for video in videos for text in video.texts} if self.plan.selector == "caption" else set()
+
+    def index(self) -> dict[str, Any] | None:
+        """What the collection's index says of itself: kind and recall against exact search; None without one."""
+        from indexes.generations import current_generation, read_sidecar
+        from pipeline.commits import INDEX
+
+        try:
+            sidecar = read_sidecar(current_generation(self._collection.folder / INDEX))
+        except UsageError:
+            return None
+        report = sidecar.report
+        return {
+            "factory": report.factory,
+            "videos": report.n_vectors,
+            "selection": sidecar.selection,
+            "recall_at_10": report.recall_at_10,
+        }
+
+
+def _load_model(collection: Collection, name: str, machine: Machine) -> VideoEncoder:
+    from models.registry import load_encoder
+
+    record: dict[str, Any] = collection.encoder or {}
+    model = load_encoder(name, machine.device, record["precision"])
+    if not isinstance(model, VideoEncoder):
+        raise UsageError(
+            f"--model: {name} is not a model over another encoder's features",
+            "Leave --model out: texts are then encoded by the encoder the collection was made with.",
+        )
+    base = model.base.spec
+    if base.fingerprint != record["fingerprint"]:
+        raise UsageError(
+            f"--model: {name} is built on {base.name} ({base.fingerprint[:12]}), the features of {collection.folder} "
+            f"are from {record['name']} ({record['fingerprint'][:12]})",
+            "Use a collection of the model's own base, or a model over this one.",
+        )
+    return model
