@@ -1,7 +1,8 @@
 """Frames to features: batches that fill across videos, while the next frames are being decoded.
 
-A feeder thread packs the decoder's frames into batches of one fixed size; the caller's thread runs the encoder on them.
-A bounded queue between the two means that neither waits while the other has work, and that neither runs away.
+A feeder thread packs the decoder's frames, or the windows they fill (pipeline.windows), into batches of one fixed size;
+the caller's thread runs the encoder on them. A bounded queue between the two means that neither waits while the other
+has work, and that neither runs away.
 
 Every batch has the same shape (the last is padded), so that a frame's vector does not depend on which other frames
 happened to be in its batch, nor on where an earlier run was interrupted.
@@ -15,19 +16,22 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.base import Encoder
+from models.base import Encoder, VideoEncoder
 from pipeline.decode import DecodedFrame, DecodeEvent, VideoDecoded, VideoFailed
 from pipeline.errors import VideoError
 from pipeline.store import round_features
 from pipeline.types import UNIT_TOLERANCE, Float32, FrameFeatures, UInt8, Video
+from pipeline.windows import WindowFiller
 
 QUEUED_BATCHES = 4
 TEXTS_PER_BATCH = 64
 POLL_SECONDS = 0.2
+NOT_FINITE = VideoError("non_finite", "the encoder gave vectors that are not finite", "embed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,8 @@ class _Assembly:
 
     video: Video
     attempt: int
-    seconds: list[float] = field(default_factory=list)
+    windows: WindowFiller | None  # None: each frame is an input of its own
+    seconds: list[float] = field(default_factory=list)  # of each input
     parts: list[NDArray[np.float16]] = field(default_factory=list)  # a long video's features, as they are stored
     n_embedded: int = 0
     decoded: VideoDecoded | None = None
@@ -59,34 +64,46 @@ class _Assembly:
 
 @dataclass(slots=True)
 class _Batch:
-    frames: UInt8  # (B, H, W, 3)
+    inputs: UInt8  # (B, H, W, 3), or (B, window, H, W, 3)
     owners: list[tuple[_Assembly, int]] = field(default_factory=list)  # whose the next n rows are
-    n_frames: int = 0
+    n_rows: int = 0
 
-    def add(self, assembly: _Assembly, frame: UInt8) -> None:
-        self.frames[self.n_frames] = frame
-        self.n_frames += 1
+    def add(self, assembly: _Assembly, pixels: UInt8) -> None:
+        self.inputs[self.n_rows] = pixels
+        self.n_rows += 1
         if self.owners and self.owners[-1][0] is assembly:
             self.owners[-1] = (assembly, self.owners[-1][1] + 1)
         else:
             self.owners.append((assembly, 1))
 
 
-_Item = _Batch | tuple[_Assembly, VideoDecoded] | VideoFailed | BaseException | None
+class _Input(NamedTuple):
+    """What the encoder makes one vector of; `pixels` may be a view that is valid until the next is asked for."""
+
+    assembly: _Assembly
+    seconds: float
+    pixels: UInt8
+
+
+_End = tuple[_Assembly, VideoDecoded]
+_Item = _Batch | _End | VideoFailed | BaseException | None
 
 
 class FrameEmbedder:
     """Runs an encoder over the frames of many videos.
 
     Args:
-        encoder: Frames to unit vectors.
-        batch_size: Frames per batch; halved for good when the device runs out of memory.
+        encoder: Frames or windows of frames to unit vectors; a `VideoEncoder` then sees each video's as a whole.
+        batch_size: Frames per batch, rounded down to whole windows but one at least; halved for good when the device
+            runs out of memory.
     """
 
     def __init__(self, encoder: Encoder, batch_size: int) -> None:
         self._encoder = encoder
-        self.batch_size = batch_size
-        self._capacity = batch_size  # what fits the device, as far as is known
+        self._video_encoder = encoder if isinstance(encoder, VideoEncoder) else None
+        self._spec = self._video_encoder.base.spec if self._video_encoder else encoder.spec  # of the inputs
+        self._batch_rows = max(1, batch_size // self._spec.window)
+        self._capacity = self._batch_rows  # what fits the device, as far as is known
         self.waited_seconds = 0.0  # for frames, with nothing to encode
 
     def embed(self, events: Iterable[DecodeEvent], stop: threading.Event) -> Iterator[EmbedEvent]:
@@ -138,32 +155,48 @@ class FrameEmbedder:
 
     def _pack(self, events: Iterable[DecodeEvent]) -> Iterator[_Item]:
         """Frames to batches; the ends of videos in between, in order."""
-        height, width = self._encoder.spec.geometry.height, self._encoder.spec.geometry.width
-        open_videos: dict[str, _Assembly] = {}
+        size = (self._spec.geometry.height, self._spec.geometry.width, 3)
+        shape = size if self._spec.window == 1 else (self._spec.window, *size)
         batch: _Batch | None = None
-        for event in events:
-            if isinstance(event, DecodedFrame):
-                key = event.video.video_id
-                assembly = open_videos.get(key)
-                if assembly is None:
-                    assembly = open_videos[key] = _Assembly(event.video, event.attempt)
-                if batch is None:
-                    batch = _Batch(np.empty((self.batch_size, height, width, 3), np.uint8))
-                assembly.seconds.append(event.seconds)
-                batch.add(assembly, event.data)
-                if batch.n_frames == self.batch_size:
-                    yield batch
-                    batch = None
-            elif isinstance(event, VideoDecoded):
-                yield open_videos.pop(event.video.video_id), event
-            else:
-                open_videos.pop(event.video.video_id, None)
-                yield event
+        for item in self._inputs(events):
+            if not isinstance(item, _Input):
+                yield item
+                continue
+            if batch is None:
+                batch = _Batch(np.empty((self._batch_rows, *shape), np.uint8))
+            item.assembly.seconds.append(item.seconds)
+            batch.add(item.assembly, item.pixels)
+            if batch.n_rows == self._batch_rows:
+                yield batch
+                batch = None
         if batch is not None:
-            batch.frames[batch.n_frames :] = 0
+            batch.inputs[batch.n_rows :] = 0
             yield batch
 
-    def _take(self, item: _Batch | tuple[_Assembly, VideoDecoded] | VideoFailed) -> Iterator[EmbedEvent]:
+    def _inputs(self, events: Iterable[DecodeEvent]) -> Iterator[_Input | _End | VideoFailed]:
+        """The encoder's inputs one by one: frames as they come, or windows as they fill up."""
+        open_videos: dict[str, _Assembly] = {}
+        for event in events:
+            key = event.video.video_id
+            if isinstance(event, VideoFailed):
+                open_videos.pop(key, None)
+                yield event
+            elif isinstance(event, DecodedFrame):
+                assembly = open_videos.get(key)
+                if assembly is None:
+                    windows = WindowFiller(self._spec) if self._spec.window > 1 else None
+                    assembly = open_videos[key] = _Assembly(event.video, event.attempt, windows)
+                if assembly.windows is None:
+                    yield _Input(assembly, event.seconds, event.data)
+                elif full := assembly.windows.add(event.seconds, event.data):
+                    yield _Input(assembly, *full)
+            else:
+                assembly = open_videos.pop(key)
+                if assembly.windows is not None:
+                    yield _Input(assembly, *assembly.windows.finish())
+                yield assembly, event
+
+    def _take(self, item: _Batch | _End | VideoFailed) -> Iterator[EmbedEvent]:
         if isinstance(item, VideoFailed):
             yield item
         elif isinstance(item, tuple):
@@ -180,53 +213,71 @@ class FrameEmbedder:
                 assembly.n_embedded += n
                 if isinstance(rows, VideoError):
                     assembly.error = rows
-                elif np.all(np.abs(np.linalg.norm(rows, axis=1) - 1) <= UNIT_TOLERANCE):  # False for NaN
+                elif are_unit(rows):
                     assembly.parts.append(rows.astype(np.float16))
                 else:
-                    assembly.error = VideoError("non_finite", "the encoder gave vectors that are not finite", "embed")
+                    assembly.error = NOT_FINITE
                 if assembly.complete():
                     yield self._finish(assembly)
-            yield item.n_frames
+            yield item.n_rows * self._spec.window
 
     def _finish(self, assembly: _Assembly) -> VideoEmbedded | VideoFailed:
         decoded = assembly.decoded
         if decoded is None:
             raise RuntimeError("finished before it was decoded")
-        if assembly.error is not None:
-            return VideoFailed(assembly.video, assembly.attempt, assembly.error, False, decoded.seconds)
-        features = FrameFeatures(
-            assembly.video.video_id,
-            np.concatenate(assembly.parts).astype(np.float32),
-            np.array(assembly.seconds, np.float64),
-            decoded.span_seconds,
-        )
-        return VideoEmbedded(decoded, features)
+        rows: Float32 | VideoError | None = assembly.error
+        if rows is None:
+            rows = np.concatenate(assembly.parts).astype(np.float32)
+            if self._video_encoder is not None:
+                rows = encode_whole(self._video_encoder, rows)
+        if isinstance(rows, VideoError):
+            return VideoFailed(assembly.video, assembly.attempt, rows, False, decoded.seconds)
+        span_seconds = assembly.windows.span_seconds if assembly.windows else decoded.span_seconds
+        seconds = np.array(assembly.seconds, np.float64)
+        return VideoEmbedded(decoded, FrameFeatures(assembly.video.video_id, rows, seconds, span_seconds))
 
     def _encode(self, batch: _Batch) -> Float32 | VideoError:
         """Features of a whole batch, in pieces that fit the device; rounded as they will be stored."""
         parts: list[Float32] = []
         start = 0
-        while start < batch.n_frames:
-            frames = batch.frames[start : start + self._capacity]
+        while start < batch.n_rows:
+            inputs = batch.inputs[start : start + self._capacity]
             try:
-                parts.append(self._encoder.encode_frames(frames))
+                parts.append(self._encoder.encode_frames(inputs))
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
             else:
-                start += len(frames)
+                start += len(inputs)
                 continue
             # Out of memory. Outside the except block: the exception's traceback would keep the device's memory in use.
             if self._capacity == 1:
-                return VideoError("memory", "one frame does not fit the device's memory", "embed")
+                one = "one frame" if self._spec.window == 1 else f"one window of {self._spec.window} frames"
+                return VideoError("memory", f"{one} does not fit the device's memory", "embed")
             self._capacity = (self._capacity + 1) // 2
             release_memory()
-        return round_features(np.concatenate(parts)[: batch.n_frames])
+        return round_features(np.concatenate(parts)[: batch.n_rows])
 
     @property
     def halved_to(self) -> int | None:
-        """Batch size after running out of memory; None when it never did."""
-        return self._capacity if self._capacity != self.batch_size else None
+        """Frames in a batch after running out of memory; None when it never did."""
+        return self._capacity * self._spec.window if self._capacity != self._batch_rows else None
+
+
+def encode_whole(encoder: VideoEncoder, rows: Float32) -> Float32 | VideoError:
+    """A whole video's (N, base dim) rows through its encoder: (N, D), rounded as they will be stored."""
+    try:
+        encoded = encoder.encode_video(rows)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return VideoError("memory", f"a video of {len(rows)} rows does not fit the device's memory", "embed")
+    return round_features(encoded) if are_unit(encoded) else NOT_FINITE
+
+
+def are_unit(rows: Float32) -> bool:
+    """Whether every row of (N, D) has norm 1, which rules out NaN."""
+    return bool(np.all(np.abs(np.linalg.norm(rows, axis=1) - 1) <= UNIT_TOLERANCE))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
