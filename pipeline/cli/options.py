@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipeline.config import EmbedOptions, SelectOptions
     from pipeline.run import Summary
 
-SELECTORS = ("caption", "topics", "uniform", "all")
+SELECTORS = ("caption", "topics", "uniform", "all", "scorer")
 FORMATS = ("table", "json", "jsonl", "csv", "paths")
 SOME_FAILED = 3
 
@@ -108,6 +108,11 @@ selection_options = options(
     click.option("--selector", type=click.Choice(SELECTORS), help="Which frames are kept.  [default: caption]"),
     click.option("--keep", help="How many: a share such as 0.25, or a number such as 8.  [default: 0.25]"),
     click.option("--topics", type=click.Path(path_type=Path), help="File of texts, one a line, for --selector topics."),
+    click.option(
+        "--scorer",
+        type=click.Path(path_type=Path),
+        help="File that train-scorer made, for --selector scorer.  [default: the model's own]",
+    ),
 )
 kind_option = click.option(
     "--kind", type=click.Choice(["auto", "flat", "ivf"]), default="auto", show_default=True, help="What index to build."
@@ -220,9 +225,9 @@ def embed_options_from(given: dict[str, Any]) -> EmbedOptions:
 def select_options_from(given: dict[str, Any]) -> SelectOptions:
     from pipeline.config import SelectOptions, read_lines
 
-    topics = given["topics"]
-    selector = given["selector"] or ("topics" if topics else None)
-    return SelectOptions(selector, given["keep"], read_lines(topics, "topic") if topics else None)
+    topics, scorer = given["topics"], given["scorer"]
+    selector = given["selector"] or ("topics" if topics else "scorer" if scorer else None)
+    return SelectOptions(selector, given["keep"], read_lines(topics, "topic") if topics else None, scorer)
 
 
 def finish(context: Context, summary: Summary, what: str, folder: Path) -> None:
