@@ -51,16 +51,14 @@ class WindowFiller:
             frames (window, H, W, 3).
         """
         number, place = divmod(slot_at(seconds, self._fps), self._shape[0])
-        full = None
+        full, before = None, frame
+        if self._window is not None and number <= self._number + 1:
+            before = self._window[self._n_filled - 1]
         if self._window is None or number != self._number:
-            follows = self._window is not None and number == self._number + 1
             if self._window is not None:
                 self._window[self._n_filled :] = self._window[self._n_filled - 1]
                 full = self._start(), self._window
-            before = self._window[-1] if self._window is not None and follows else frame
             self._number, self._n_filled, self._window = number, 0, np.empty(self._shape, np.uint8)
-        else:
-            before = self._window[self._n_filled - 1]
         self._window[self._n_filled : place] = before
         self._window[place] = frame
         self._n_filled = place + 1
