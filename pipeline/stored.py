@@ -18,7 +18,7 @@ from pipeline import store
 from pipeline.collection import Snapshot
 from pipeline.commits import FEATURES, FRAMES
 from pipeline.decode import DecodedFrame, DecodeEvent, VideoDecoded, VideoFailed
-from pipeline.embed import VideoEmbedded
+from pipeline.embed import VideoEmbedded, encode_whole
 from pipeline.errors import VideoError
 from pipeline.geometry import fit_pixels
 from pipeline.types import FrameGeometry, UInt8, Video
@@ -52,15 +52,12 @@ def stored_features(
     for video, shard, row in _rows(base, FEATURES, store.FeaturesShard, videos):
         started = time.monotonic()
         features = shard.features(row)
-        rows = store.round_features(encoder.encode_video(features.features))
-        try:
-            features = replace(features, features=rows)
-        except ValueError as error:  # not unit rows: NaN, most likely
-            yield VideoFailed(
-                video, 1, VideoError("non_finite", str(error), "embed"), False, time.monotonic() - started
-            )
-            continue
-        yield VideoEmbedded(_decoded(video, shard.video(row), features.span_seconds, started), features)
+        rows = encode_whole(encoder, features.features)
+        if isinstance(rows, VideoError):
+            yield VideoFailed(video, 1, rows, False, time.monotonic() - started)
+        else:
+            decoded = _decoded(video, shard.video(row), features.span_seconds, started)
+            yield VideoEmbedded(decoded, replace(features, features=rows))
 
 
 def _rows(snapshot: Snapshot, kind: str, shard_type: Any, videos: Iterable[Video]) -> Iterator[tuple[Video, Any, int]]:
