@@ -99,14 +99,13 @@ def mc(context: Context, /, annotations: Path, folder: Path | None, **given: Any
     from pipeline.annotations import read_captions, read_choices, recognise
     from pipeline.evaluation.choice import draw_choices, evaluate_choice
 
-    drawn = (given["dataset"] or recognise(annotations)) != "choices"
-    choices: Any = None
-    if drawn:
+    captions: Any = None
+    if (given["dataset"] or recognise(annotations)) == "choices":
+        choices, only = _restricted(read_choices(annotations), given["only"])
+    else:
         captions, only = _restricted(read_captions(annotations, given["dataset"], given["subset"]), given["only"])
         choices = draw_choices(captions, given["seed"])
-    else:
-        choices, only = _restricted(read_choices(annotations), given["only"])
-    _report(evaluate_choice(choices, _material(context, folder, given), drawn), annotations, only, given)
+    _report(evaluate_choice(choices, _material(context, folder, given), captions), annotations, only, given)
 
 
 @evaluate.command()

@@ -51,11 +51,13 @@ def draw_choices(annotations: Annotations[Caption], seed: int) -> Annotations[Ch
     return Annotations(annotations.dataset, annotations.subset, annotations.sha256, tuple(choices))
 
 
-def evaluate_choice(annotations: Annotations[Choice], material: Material, drawn: bool = False) -> dict[str, Any]:
+def evaluate_choice(
+    annotations: Annotations[Choice], material: Material, drawn_from: Annotations[Caption] | None = None
+) -> dict[str, Any]:
     """Share of the videos whose own sentence scores highest, as the content of a report.
 
     Args:
-        drawn: The list is from `draw_choices`, which the report says.
+        drawn_from: The captions that `draw_choices` drew the list from, which the report says.
 
     Raises:
         UsageError: No annotated video is there, or one is ambiguous.
@@ -71,13 +73,13 @@ def evaluate_choice(annotations: Annotations[Choice], material: Material, drawn:
     chance = float(np.mean([1 / len(choice.options) for choice in asked]))
     lines = "".join(json.dumps([c.video, c.options, c.answer]) + "\n" for c in annotations.rows)
     digest = hashlib.sha256(lines.encode()).hexdigest()
-    origin = f"drawn with seed {options.seed}: ours, not the official list" if drawn else "as in the file"
+    origin = f"drawn with seed {options.seed}: ours, not the official list" if drawn_from else "as in the file"
     used = {"questions": len(asked), "videos": len({choice.video for choice in asked})}
     return {
         "protocol": "multiple choice",
-        "split": split_of(annotations, names, matched, used),
+        "split": split_of(drawn_from or annotations, names, matched, used),
         "scored": material.describe() | {"frames_per_clip": float(np.mean([len(clip) for clip in clips]))},
-        "list": {"drawn": drawn, "seed": options.seed if drawn else None, "sha256": digest},
+        "list": {"drawn": drawn_from is not None, "seed": options.seed if drawn_from else None, "sha256": digest},
         "chance": {"accuracy": chance},
         "facts": [["options", f"{origin}; sha256 {digest[:12]}"]],
         "ties": "a tie of k options counts 1 / k",

@@ -32,11 +32,11 @@ class VideoRows:
 def rows_in_span(video: VideoRows, start_seconds: float, end_seconds: float) -> slice:
     """The rows whose [pts, pts + span) meets [start, end); the nearest row where none does, as in a gap.
 
-    Rows are in order of time, so they are one run.
+    Rows are in order of time, so they are one run. A span without length is met by the row that holds that instant.
     """
     pts = video.pts_seconds
     first = int(np.searchsorted(pts + video.span_seconds, start_seconds, side="right"))
-    end = int(np.searchsorted(pts, end_seconds, side="left"))
+    end = int(np.searchsorted(pts, end_seconds, side="left" if end_seconds > start_seconds else "right"))
     if first < end:
         return slice(first, end)
     middles = pts + video.span_seconds / 2

@@ -28,7 +28,7 @@ from pipeline.types import Float32
 
 N_ANSWERS = 1500
 NOTE_SECONDS = 30.0
-EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 20, 256, 1e-3, 1e-2
+EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 20, 256, 3e-3, 1e-2
 
 Say = Callable[[str], None]
 

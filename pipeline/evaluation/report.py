@@ -43,14 +43,8 @@ def report_text(content: dict[str, Any], more_facts: Sequence[Sequence[str]] = (
     if "ties" in content:
         facts.append(("ties", content["ties"]))
     interval = content["intervals"]
-    facts.append(
-        (
-            "intervals",
-            f"in brackets, 95 %: {interval['draws']} bootstrap draws over the {interval['over']}, seed {interval['seed']}"
-            if interval["draws"]
-            else "none",
-        )
-    )
+    drawn = f"{interval['draws']} bootstrap draws over the {interval['over']}, seed {interval['seed']}"
+    facts.append(("intervals", f"in brackets, 95 %: {drawn}" if interval["draws"] else "none"))
     width = max(len(name) for name, _ in facts)
     lines = [content["protocol"].capitalize()]
     lines += [f"  {name:<{width}}  {visible(value)}" for name, value in facts]
