@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import store
-from pipeline.collection import Collection
+from pipeline.collection import Snapshot
 from pipeline.commits import FEATURES
 from pipeline.errors import UsageError
-from pipeline.files import FileRecord
 from pipeline.types import Float32, Float64, check_shape
 
 OPEN_SHARDS = 256  # mapped at a time: each one holds a file descriptor, of which a process has 1024
@@ -55,20 +54,20 @@ class FeatureBank:
     """The latest features of every video of a collection, mapped: a million videos cost no memory but their ids.
 
     Args:
-        collection: Its shards are compared with their digests, as an epoch reads every byte anyway.
+        snapshot: Of the collection; its shards are compared with their digests, as an epoch reads every byte anyway.
 
     Attributes:
         video_ids: The id of each video, in order of shard and row.
-        paths: Where each video was last found ("" where it is gone).
 
     Raises:
         UsageError: There are no features.
         IntegrityError: A shard is damaged.
     """
 
-    def __init__(self, collection: Collection) -> None:
+    def __init__(self, snapshot: Snapshot) -> None:
+        collection = snapshot.collection
         self._folder = collection.folder
-        places, records, state = _latest(collection)
+        places = {v: place.commit for v, place in snapshot.state.places.get(FEATURES, {}).items()}
         if not places:
             raise UsageError(f"{collection.folder} has no features to train on", "Run 'fineco run' or 'fineco embed'.")
         self._numbers = sorted(set(places.values()))
@@ -79,7 +78,7 @@ class FeatureBank:
         spans: list[float] = []
         self.dim = 0
         for at, number in enumerate(self._numbers):
-            path = collection.open_file(f"{FEATURES}/{number:06d}.h5", records)
+            path = collection.open_file(f"{FEATURES}/{number:06d}.h5", snapshot.records)
             with store.FeaturesShard(path) as shard:
                 self.dim = shard.dim
                 for row, video_id in enumerate(shard.video_ids):
@@ -90,7 +89,6 @@ class FeatureBank:
                         lengths.append(int(shard.offsets[row + 1] - shard.offsets[row]))
                         spans.append(float(shard.spans[row]))
         self.video_ids = video_ids
-        self.paths = [state.get(video_id, "") for video_id in video_ids]
         self.lengths = np.array(lengths, np.int64)
         self._spans = np.array(spans, np.float64)
         self._shards = np.array(shards, np.int32)
@@ -113,10 +111,3 @@ class FeatureBank:
 
     def _path(self, shard: int) -> Path:
         return self._folder / FEATURES / f"{self._numbers[shard]:06d}.h5"
-
-
-def _latest(collection: Collection) -> tuple[dict[str, int], dict[str, FileRecord], dict[str, str]]:
-    """Of every video the commit with its latest features, the records of all files, and the videos' paths."""
-    state = collection.state()
-    records = {name: record for commit in collection.commits() for name, record in commit.files.items()}
-    return {v: place.commit for v, place in state.places.get(FEATURES, {}).items()}, records, state.paths

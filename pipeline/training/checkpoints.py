@@ -34,10 +34,14 @@ class Journal:
         folder: Of the checkpoint.
         save_steps: Save the state after so many steps; None: every minute.
         tensorboard: Also write the metrics for TensorBoard, in `tensorboard/`.
+        writes: False in all processes of a training but one.
     """
 
-    def __init__(self, folder: Path, save_steps: int | None = None, tensorboard: bool = False) -> None:
+    def __init__(
+        self, folder: Path, save_steps: int | None = None, tensorboard: bool = False, writes: bool = True
+    ) -> None:
         self.folder = folder
+        self._writes = writes
         self._save_steps = save_steps
         self._saved_at = time.monotonic()
         self._save_cost = 0.0
@@ -61,6 +65,8 @@ class Journal:
                     f"{path} cannot be read: {type(error).__name__}",
                     f"Remove the folder {path.parent} to start the training again.",
                 ) from error
+        if not self._writes:
+            return state
         self._drop_metrics_after(int(state["step"]) if state else 0)
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -78,6 +84,8 @@ class Journal:
 
     def save(self, state: dict[str, Any]) -> None:
         """Writes the state, whole or absent."""
+        if not self._writes:
+            return
         started = time.monotonic()
         write_file(self.folder / WORK / STATE, lambda path: torch.save(state, path))
         self._saved_at = time.monotonic()
@@ -85,6 +93,8 @@ class Journal:
 
     def write(self, line: dict[str, Any]) -> None:
         """Adds a line of metrics, on disk before the next step."""
+        if not self._writes:
+            return
         with self._metrics.open("a", encoding="ascii") as file:
             file.write(json.dumps(line) + "\n")
         if self._events is not None:

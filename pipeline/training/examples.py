@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,14 +62,12 @@ class Examples:
 
     Attributes:
         bank: The features.
-        names: A name that stays with each video of the bank, such as its id; it decides who validates.
         videos: (M,) the video of each text.
         spans: (M, 2) the tokens [start, stop) of its video that each text speaks of; never empty.
         texts: The M texts.
     """
 
     bank: Bank
-    names: Sequence[str]
     videos: NDArray[np.int64]
     spans: NDArray[np.int64]
     texts: Texts
@@ -92,7 +89,6 @@ class Examples:
         text_vectors: NDArray[Any],
         videos: NDArray[np.integer[Any]] | Sequence[int] | None = None,
         spans: NDArray[np.integer[Any]] | None = None,
-        names: Sequence[str] | None = None,
     ) -> Examples:
         """Examples held in memory.
 
@@ -101,14 +97,12 @@ class Examples:
             text_vectors: (M, D_text).
             videos: The video of each text; None: text i belongs to video i.
             spans: (M, 2) tokens [start, stop); None: whole videos.
-            names: Of the videos; None: their numbers.
         """
         bank = MemoryBank(features)
         of = np.asarray(np.arange(len(text_vectors)) if videos is None else videos, np.int64)
         whole = np.stack([np.zeros(len(of), np.int64), bank.lengths[of]], axis=1)
         return cls(
             bank,
-            [str(n) for n in range(len(features))] if names is None else names,
             of,
             whole if spans is None else np.asarray(spans, np.int64),
             TextVectors(text_vectors),
@@ -116,14 +110,6 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.videos)
-
-    def digest(self) -> str:
-        """Of videos, spans and lengths: a training goes on only with the same."""
-        digest = hashlib.sha256()
-        for video in np.unique(self.videos).tolist():
-            digest.update(f"{self.names[video]} {self.bank.lengths[video]}\0".encode("utf-8", "surrogateescape"))
-        digest.update(np.ascontiguousarray(self.videos).tobytes() + np.ascontiguousarray(self.spans).tobytes())
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,21 +120,22 @@ class Split:
     validation: Rows
 
 
-def split(examples: Examples, share: float, most_videos: int = 2000) -> Split:
-    """Sets aside the videos whose names have the lowest hashes, so that a grown collection keeps who validates.
+def split(videos: NDArray[np.int64], names: Sequence[str], share: float, most_videos: int = 2000) -> Split:
+    """Sets aside the videos whose names have the lowest hashes: a grown collection keeps most of those who validate.
 
     Args:
-        share: Of the videos, rounded down.
+        videos: (M,) the video of each text.
+        names: Of every video, something that stays with it, such as its id.
+        share: Of the videos with texts, rounded down.
         most_videos: More are not needed to tell a better model from a worse one.
     """
-    videos = np.unique(examples.videos)
-    hashes = [zlib.crc32(examples.names[v].encode("utf-8", "surrogateescape")) for v in videos.tolist()]
-    lowest_first = sorted(range(len(videos)), key=lambda i: (hashes[i], examples.names[int(videos[i])]))
-    chosen = videos[lowest_first[: min(int(share * len(videos)), most_videos)]]
-    return split_by_videos(examples, chosen)
+    candidates = np.unique(videos)
+    named = [(zlib.crc32(names[v].encode("utf-8", "surrogateescape")), names[v], v) for v in candidates.tolist()]
+    chosen = [video for _, _, video in sorted(named)[: min(int(share * len(named)), most_videos)]]
+    return split_by_videos(videos, np.array(chosen, np.int64))
 
 
-def split_by_videos(examples: Examples, validating: NDArray[np.int64]) -> Split:
+def split_by_videos(videos: NDArray[np.int64], validating: NDArray[np.int64]) -> Split:
     """The texts of these videos validate, all others train."""
-    held_out = np.isin(examples.videos, validating)
+    held_out = np.isin(videos, validating)
     return Split(np.flatnonzero(~held_out), np.flatnonzero(held_out))

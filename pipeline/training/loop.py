@@ -39,13 +39,20 @@ class Watcher(Protocol):
         ...
 
     def validated(self, epoch: int, metrics: dict[str, float], best: bool) -> None:
-        """After every epoch."""
+        """After every epoch; epoch 0 is before the first step."""
         ...
 
 
 @dataclass(slots=True)
 class Trained:
-    """What a training gave: `metrics` of the best epoch (empty without validation), `history` all metrics in order."""
+    """What a training gave.
+
+    Attributes:
+        best_epoch: Whose weights the model has; 0: no epoch was better than the start.
+        metrics: Of the validation after it; empty without validation.
+        epochs, steps: Done in all.
+        history: All metrics, in order.
+    """
 
     best_epoch: int
     metrics: dict[str, float]
@@ -132,6 +139,8 @@ class _Run:
     ) -> Trained | None:
         if self._journal and (state := self._journal.load()):
             self._restore(state)
+        elif len(self._which.validation):
+            self._validate(watcher, best_weights)  # what there is to improve on: an untrained residual head is its base
         with ThreadPoolExecutor(1, "batches") as ahead:
             while self._epoch < self._options.epochs and not self._is_stale():
                 if not self._train_epoch(watcher, stop, ahead):
@@ -225,6 +234,10 @@ class _Run:
     def _end_epoch(self, watcher: Watcher | None, best_weights: Callable[[nn.Module], None]) -> None:
         self._epoch += 1
         self._place = 0
+        self._validate(watcher, best_weights)
+        self._save()
+
+    def _validate(self, watcher: Watcher | None, best_weights: Callable[[nn.Module], None]) -> None:
         self._model.eval()
         metrics: dict[str, float] = {}
         best = True
@@ -243,15 +256,14 @@ class _Run:
         self._stale = 0 if best else self._stale + 1
         if watcher:
             watcher.validated(self._epoch, metrics, best)
-        self._save()
 
     def _record(self, line: dict[str, Any]) -> None:
         self._history.append(line)
-        if self._journal and self._group.leads:
+        if self._journal:
             self._journal.write(line)
 
     def _save(self) -> None:
-        if self._journal is None or not self._group.leads:
+        if self._journal is None:
             return
         state = {
             "epoch": self._epoch,

@@ -1,0 +1,337 @@
+"""`fineco train`: from a collection and its texts to a folder that `fineco:FOLDER` names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from models.base import Encoder, VideoEncoder
+from models.device import choose_device, choose_precision, device_summary
+from models.fineco import FineCoHead, HeadConfig
+from models.fineco_encoder import CONFIG_NAME, WEIGHTS_NAME, describe_head, save_weights
+from models.registry import load_encoder
+from pipeline.collection import Collection, Snapshot, this_command
+from pipeline.config import check_encoder, read_lines
+from pipeline.errors import IntegrityError, Interrupted, UsageError
+from pipeline.files import write_bytes, write_file
+from pipeline.lock import Lock
+from pipeline.output import number_of
+from pipeline.run import Interrupts
+from pipeline.training.bank import FeatureBank
+from pipeline.training.captions import SpokenOf, read_texts, text_vectors, video_numbers
+from pipeline.training.checkpoints import METRICS, WORK, Journal
+from pipeline.training.display import Display
+from pipeline.training.distributed import Group, join, leave
+from pipeline.training.examples import Examples, Split, TextVectors, split, split_by_videos
+from pipeline.training.loop import METRIC, Trained, train
+from pipeline.training.options import ObjectiveOptions, TrainOptions
+
+RECORD = "training.json"
+OVERLAPPED_TOKENS = 32  # longest clip of `overlapped`, as VideoCLIP's
+SPAN_TOKENS = 256
+
+DEFAULTS: dict[str, Any] = {
+    **{f.name: f.default for f in fields(TrainOptions) if f.name not in ("objective", "max_tokens")},
+    **{f.name: f.default for f in fields(ObjectiveOptions)},
+    "precision": "auto",
+    "texts": None,
+    "subset": None,
+    "validation": 0.1,
+    "validation_videos": None,
+    "max_tokens": None,
+    "width": 256,
+    "layers": 2,
+    "heads": 4,
+    "dropout": 0.1,
+    "dim": None,
+    "residual": True,
+    "similarity": "cosine",
+}
+"""Every option of a training that decides its result. None: it follows from others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How a training is done, which changes no result: device, files, and where messages go."""
+
+    device: str = "auto"
+    save_steps: int | None = None
+    tensorboard: bool = False
+    quiet: bool = False
+    say: Callable[[str], None] = lambda line: None
+
+
+def train_head(
+    folder: Path, output: Path, given: Mapping[str, Any], work: Work, encoder: Encoder | None = None
+) -> dict[str, Any]:
+    """Trains a head over the features of a collection, or goes on with a training that was stopped.
+
+    Args:
+        folder: The collection.
+        output: The folder of the head; made if it is not there.
+        given: Some of `DEFAULTS`, with other values. A training that goes on takes what is not given from its record.
+        encoder: Instead of the collection's, which is loaded by name.
+
+    Returns:
+        The result as `training.json` has it: the best epoch, its metrics, the number of epochs and steps.
+
+    Raises:
+        UsageError: Options that differ from the recorded ones, no features, no texts, another encoder.
+        Interrupted: After Ctrl-C or SIGTERM; the state is saved.
+    """
+    group, device = join(choose_device(work.device))
+    say = work.say if group.leads else _ignore
+    try:
+        with ExitStack() as stack:
+            if group.leads:
+                _check_output(output)
+                stack.enter_context(Lock(output, this_command()))
+            interrupts = stack.enter_context(Interrupts())
+            record = _read_record(output)
+            options = merge(record.get("options", {}), given)
+            if record.get("result"):
+                say(f"This training is finished already: {summary(record['result'])}")
+                return dict(record["result"])
+            return _train(folder, output, options, record, work, encoder, group, device, say, interrupts)
+    finally:
+        leave(group)
+
+
+def _train(
+    folder: Path,
+    output: Path,
+    options: dict[str, Any],
+    record: dict[str, Any],
+    work: Work,
+    encoder: Encoder | None,
+    group: Group,
+    device: str,
+    say: Callable[[str], None],
+    interrupts: Interrupts,
+) -> dict[str, Any]:
+    train_options = _train_options(options, device)
+    collection = Collection(folder)
+    snapshot = Snapshot(collection)
+    bank = FeatureBank(snapshot)
+    spoken_of = read_texts(
+        snapshot,
+        bank,
+        Path(options["texts"]) if options["texts"] else None,
+        options["subset"],
+        options["clips"] == "overlapped",
+        say,
+    )
+    recorded = collection.encoder or {}
+
+    def load() -> Encoder:
+        loaded = encoder or load_encoder(collection.config["model"], device, recorded["precision"])
+        check_encoder(collection, loaded.spec, loaded.precision)
+        if isinstance(loaded, VideoEncoder):
+            raise UsageError(
+                f"{folder} has features of {loaded.spec.name}, which is a trained head itself",
+                f"Train over a collection of its base, {loaded.base.spec.name}.",
+            )
+        say(f"Encoding {number_of(len(spoken_of.texts), 'text')} with {loaded.spec.name} on {loaded.device}")
+        return loaded
+
+    which = _split(spoken_of, snapshot, bank, options)
+    data = {
+        "texts": len(which.training),
+        "videos": len(np.unique(spoken_of.videos[which.training])),
+        "validation texts": len(which.validation),
+        "digest": spoken_of.digest(bank.video_ids, bank.lengths),
+        "encoder": recorded["fingerprint"],
+    }
+    _check_same_data(record.get("data"), data, output)
+    config = _head_config(options, bank.dim, float(recorded["spec"]["temperature"]))
+    if group.leads:
+        record = {"options": options, "data": data, "collection": str(folder.absolute()), "result": None}
+        _write_record(output, record)  # first: it makes the folder a training's
+        write_bytes(output / CONFIG_NAME, describe_head(config, recorded["name"], recorded["fingerprint"]))
+    vectors = _vectors(spoken_of, output, recorded["fingerprint"], load, interrupts, group)
+    examples = Examples(bank, spoken_of.videos, spoken_of.spans, TextVectors(vectors))
+    say(
+        f"Training on {number_of(data['texts'], 'text')} of {number_of(data['videos'], 'video')}, validating with "
+        f"{number_of(data['validation texts'], 'text')}; {device_summary(device, train_options.precision)}"
+    )
+    torch.manual_seed(train_options.seed)
+    head = FineCoHead(config)
+    trained = _loop(head, examples, train_options, which, output, work, group, device, interrupts)
+    result = {"epochs": trained.epochs, "steps": trained.steps, "best epoch": trained.best_epoch, **trained.metrics}
+    if group.leads:
+        write_file(output / WEIGHTS_NAME, lambda path: save_weights(path, head))
+        _write_record(output, record | {"result": result})
+    say(f"Trained: {summary(result)}")
+    return result
+
+
+def _loop(
+    model: nn.Module,
+    examples: Examples,
+    options: TrainOptions,
+    which: Split,
+    output: Path,
+    work: Work,
+    group: Group,
+    device: str,
+    interrupts: Interrupts,
+) -> Trained:
+    """The training itself, with its files and its display. Raises Interrupted."""
+    journal = Journal(output, work.save_steps, work.tensorboard, group.leads)
+    with Display(options.epochs, work.quiet or not group.leads) as display:
+        try:
+            trained = train(
+                model,
+                examples,
+                options,
+                which,
+                device,
+                journal,
+                group,
+                display,
+                interrupts.stop.is_set,
+                lambda best: None if not isinstance(best, FineCoHead) else _write_weights(output, best),
+            )
+        finally:
+            journal.close()
+    if trained is None:
+        interrupts.check()
+        raise Interrupted(15, this_command())  # another process of the group was told to stop
+    return trained
+
+
+def _write_weights(output: Path, head: FineCoHead) -> None:
+    write_file(output / WEIGHTS_NAME, lambda path: save_weights(path, head))
+
+
+def _vectors(
+    spoken_of: SpokenOf,
+    output: Path,
+    fingerprint: str,
+    load: Callable[[], Encoder],
+    interrupts: Interrupts,
+    group: Group,
+) -> np.ndarray[Any, np.dtype[np.float16]]:
+    """The texts' vectors; one process makes them, the others wait."""
+    if group.leads:
+        text_vectors(spoken_of, output / WORK, fingerprint, load, interrupts.check)
+    group.say_to_all(None)
+    return text_vectors(spoken_of, output / WORK, fingerprint, load, interrupts.check)
+
+
+def merge(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a training: what is given, else what is recorded, else the default.
+
+    Raises:
+        UsageError: A given option differs from the recorded one.
+    """
+    for field, value in given.items():
+        if field in recorded and recorded[field] != value:
+            raise UsageError(
+                f"{field.replace('_', ' ')}: this training has {recorded[field]}, the command says {value}",
+                "Use another folder (-o), or leave the option out to go on with what this one has.",
+            )
+    return {**DEFAULTS, **recorded, **given}
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """A result in one line."""
+    line = f"{number_of(result['epochs'], 'epoch')}, {number_of(result['steps'], 'step')}"
+    if METRIC in result:
+        recalls = ", ".join(f"{name} {value:.1f}" for name, value in result.items() if name.startswith("R@"))
+        line += f"; best after epoch {result['best epoch']}: {recalls}"
+    return line
+
+
+def _train_options(options: Mapping[str, Any], device: str) -> TrainOptions:
+    names = {f.name for f in fields(TrainOptions)} - {"objective", "max_tokens", "precision"}
+    precision = options["precision"]
+    if precision == "auto" and device == "cpu":
+        precision = "fp32"  # the casts eat the gain on matrices of this size
+    return TrainOptions(
+        **{name: options[name] for name in names},
+        max_tokens=options["max_tokens"] or (OVERLAPPED_TOKENS if options["clips"] == "overlapped" else SPAN_TOKENS),
+        precision="bf16" if choose_precision(precision, device) == "bf16" else "fp32",
+        objective=ObjectiveOptions(**{f.name: options[f.name] for f in fields(ObjectiveOptions)}),
+    )
+
+
+def _head_config(options: Mapping[str, Any], base_dim: int, temperature: float) -> HeadConfig:
+    try:
+        return HeadConfig(
+            input_dim=base_dim,
+            text_dim=base_dim,
+            dim=options["dim"] or base_dim,
+            width=options["width"],
+            layers=options["layers"],
+            heads=options["heads"],
+            intermediate=4 * options["width"],
+            dropout=options["dropout"],
+            residual=options["residual"],
+            similarity=options["similarity"],
+            temperature=temperature,
+        )
+    except ValueError as error:
+        raise UsageError(str(error), "Choose other sizes for the head.") from error
+
+
+def _split(spoken_of: SpokenOf, snapshot: Snapshot, bank: FeatureBank, options: Mapping[str, Any]) -> Split:
+    if options["validation_videos"] is None:
+        return split(spoken_of.videos, bank.video_ids, options["validation"])
+    names = read_lines(Path(options["validation_videos"]), "video")
+    numbers = video_numbers(snapshot, bank)
+    chosen = [number for name in names if (number := numbers.get(name)) is not None]
+    which = split_by_videos(spoken_of.videos, np.array(chosen, np.int64))
+    if not len(which.validation):
+        raise UsageError(
+            f"{options['validation_videos']}: none of its videos has a text",
+            "It names videos by id, file name, or file name without extension.",
+        )
+    return which
+
+
+def _check_same_data(recorded: Mapping[str, Any] | None, data: Mapping[str, Any], output: Path) -> None:
+    if recorded is not None and recorded != data:
+        field = next(name for name in data if recorded.get(name) != data[name])
+        raise UsageError(
+            f"{output} was started with other videos or texts ({field}: {recorded.get(field)}, now {data[field]})",
+            "Use another folder (-o) to train on what the collection has now.",
+        )
+
+
+def _check_output(output: Path) -> None:
+    ours = {RECORD, CONFIG_NAME, WEIGHTS_NAME, METRICS, WORK, ".lock", "tensorboard"}
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file", "Choose a new or empty folder (-o).")
+    there = {path.name.removesuffix(".tmp") for path in output.iterdir()} if output.exists() else set()
+    if there - ours or (there - {".lock"} and RECORD not in there):
+        raise UsageError(f"{output} exists and is not a training", "Choose a new or empty folder (-o).")
+
+
+def _read_record(output: Path) -> dict[str, Any]:
+    path = output / RECORD
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path}: {error}", f"Remove {output} to train again.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("options"), dict):
+        raise IntegrityError(f"{path}: not the record of a training", f"Remove {output} to train again.")
+    return record
+
+
+def _write_record(output: Path, record: Mapping[str, Any]) -> None:
+    write_bytes(output / RECORD, json.dumps(record, indent=1).encode() + b"\n")
+
+
+def _ignore(line: str) -> None:
+    """Where the messages of all processes but one go."""
