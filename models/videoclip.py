@@ -8,6 +8,7 @@ raw dot product, and so the pair's score is the mean of its tokens' scores.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -281,6 +282,7 @@ class VideoCLIP(nn.Module):
         self.config.write(folder)
         state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(state, folder / WEIGHTS_NAME)
+        shutil.copymode(folder / CONFIG_NAME, folder / WEIGHTS_NAME)  # safetensors makes it unreadable for others
 
     @classmethod
     def load(cls, folder: Path) -> Self:
