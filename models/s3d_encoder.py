@@ -68,7 +68,8 @@ class S3DEncoder:
 
         Raises torch's out-of-memory error when B is too large for the device.
         """
-        check_shape("frames", frames, (None, WINDOW, GEOMETRY.height, GEOMETRY.width, 3), np.uint8)
+        geometry = self.spec.geometry
+        check_shape("frames", frames, (None, self.spec.window, geometry.height, geometry.width, 3), np.uint8)
         if len(frames) == 0:
             return np.empty((0, DIM), np.float32)
         return _unit_rows(self._model(self.preprocess(frames)).video_embedding)
