@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from fakes import FakeEncoder
 from models.base import VideoEncoder
+from models.convert import convert
+from models.registry import load_encoder
+from models.s3d import S3D
 from models.videoclip import VideoCLIP, text_batch
 from models.videoclip_encoder import CLIPS_PER_BATCH, VideoCLIPEncoder, load_videoclip, typical_temperature
 from pipeline.errors import FinecoError, IntegrityError, UsageError
@@ -207,3 +210,23 @@ def test_the_temperature_is_a_function_of_the_last_layer_norms(model: VideoCLIP)
             if "encoder.layer.3.output.LayerNorm" in name:  # of the text tower; the video tower has three layers
                 parameter.mul_(2)
     assert typical_temperature(copy) == pytest.approx(before / 2, rel=1e-5)
+
+
+def test_both_published_files_become_an_encoder_of_the_registry(tmp_path: Path) -> None:
+    """Whole way: a fairseq checkpoint and S3D's two files, converted, loaded by name, pixels and texts to vectors."""
+    torch.manual_seed(0)
+    towers = VideoCLIP(replace(TINY, feature_dim=512))
+    torch.save({"model": {f"mmmodel.{name}": t for name, t in towers.state_dict().items()}}, tmp_path / "best.pt")
+    torch.save(S3D(n_words=3).state_dict(), tmp_path / "s3d.pth")
+    np.save(tmp_path / "dict.npy", np.array(["red", "square"]))
+    vocabulary = write_vocabulary(tmp_path / "bert")
+    convert(tmp_path / "out", tmp_path / "best.pt", tmp_path / "s3d.pth", tmp_path / "dict.npy", vocabulary)
+    encoder = load_encoder(f"videoclip:{tmp_path / 'out'}", device="cpu", precision="fp32")
+    assert isinstance(encoder, VideoEncoder)
+    assert (encoder.spec.dim, encoder.base.spec.dim, encoder.spec.fps) == (48, 512, 30.0)
+    window = np.random.default_rng(0).integers(0, 256, (1, 30, 224, 224, 3), dtype=np.uint8)
+    features = encoder.encode_frames(window)
+    rows = encoder.encode_video(features)
+    check_unit_rows("rows", rows)
+    assert rows.shape == (1, 48)
+    assert encoder.score_pairs(["red square"], [features]).shape == (1, 1)
