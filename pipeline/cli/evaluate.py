@@ -31,6 +31,7 @@ score_options = options(
     ),
     click.option("--keep", help="How many of them: a share such as 0.25, or a number such as 4.  [default: 0.25]"),
     click.option("--topics", type=FILE, help="File of texts, one a line, for --selector topics."),
+    click.option("--scorer", type=FILE, help="File that train-scorer made, for --selector scorer."),
     click.option("--model", help="A model over the collection's features, such as fineco:FOLDER: by its own score."),
 )
 report_options = options(
@@ -181,11 +182,11 @@ def _options(given: dict[str, Any]) -> Any:
     from pipeline.config import SelectOptions, read_lines
     from pipeline.evaluation.material import Options
 
-    topics, keep = given.get("topics"), given.get("keep")
-    selector = given.get("selector") or ("topics" if topics else "all")
+    topics, keep, scorer = given.get("topics"), given.get("keep"), given.get("scorer")
+    selector = given.get("selector") or ("topics" if topics else "scorer" if scorer else "all")
     if keep and selector == "all":
         raise click.UsageError("--keep goes with a selector: --selector uniform, for example.")
-    select = SelectOptions(selector, keep, read_lines(topics, "topic") if topics else None)
+    select = SelectOptions(selector, keep, read_lines(topics, "topic") if topics else None, scorer)
     return Options(given.get("score", "rescore"), select, given.get("model"), given["draws"], given["seed"])
 
 

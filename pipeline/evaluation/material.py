@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from models.base import Encoder, VideoEncoder
@@ -76,7 +77,7 @@ def result_of(method: str, metrics: MeanMetrics) -> dict[str, Any]:
 
 
 class Material:
-    """A collection opened for evaluation.
+    """A collection opened for evaluation. The encoder is loaded when first needed: a mistake is told before.
 
     Args:
         collection: Made by `fineco run` or `fineco embed`.
@@ -86,7 +87,7 @@ class Material:
         model: Instead of loading `options.model`.
 
     Raises:
-        UsageError: No features; or the model is not one over these features.
+        UsageError: No features, or a wrong selection.
     """
 
     def __init__(
@@ -103,20 +104,54 @@ class Material:
             )
         self._record: dict[str, Any] = collection.encoder
         self._snapshot = Snapshot(collection)
-        self._collection = collection
+        self._collection, self._machine = collection, machine
+        self._given_encoder, self._given_model = encoder, model
         self.options = options
-        self.plan: SelectionPlan = plan_selection(None, options.select, change=True)
-        self.model = model or (_load_model(collection, options.model, machine) if options.model else None)
-        if self.model is not None:
-            encoder = self.model.base
-        elif encoder is None:
+        self.plan: SelectionPlan = plan_selection(None, options.select, True, collection.config.get("model"))
+
+    @cached_property
+    def model(self) -> VideoEncoder | None:
+        """The model that scores pairs, if there is one.
+
+        Raises:
+            UsageError: It is none, or not one over this collection's features.
+        """
+        if self._given_model is not None or self.options.model is None:
+            return self._given_model
+        from models.registry import load_encoder
+
+        name = self.options.model
+        model = load_encoder(name, self._machine.device, self._record["precision"])
+        if not isinstance(model, VideoEncoder):
+            raise UsageError(
+                f"--model: {name} is not a model over another encoder's features",
+                "Leave --model out: texts are then encoded by the encoder the collection was made with.",
+            )
+        base, record = model.base.spec, self._record
+        if base.fingerprint != record["fingerprint"]:
+            raise UsageError(
+                f"--model: {name} is built on {base.name} ({base.fingerprint[:12]}), the features of "
+                f"{self._collection.folder} are from {record['name']} ({record['fingerprint'][:12]})",
+                "Use a collection of the model's own base, or a model over this one.",
+            )
+        return model
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The encoder the collection was made with.
+
+        Raises:
+            UsageError: It is another one by now.
+        """
+        encoder = self.model.base if self.model is not None else self._given_encoder
+        if encoder is None:
             from models.registry import cautions, load_encoder
 
-            encoder = load_encoder(collection.config["model"], machine.device, self._record["precision"])
+            encoder = load_encoder(self._collection.config["model"], self._machine.device, self._record["precision"])
             for caution in cautions(encoder.spec.name):
-                machine.say(caution)
-        check_encoder(collection, encoder.spec, encoder.precision)
-        self.encoder = encoder
+                self._machine.say(caution)
+        check_encoder(self._collection, encoder.spec, encoder.precision)
+        return encoder
 
     def match(self, names: set[str]) -> Matched:
         """The collection's video of each annotated name.
@@ -177,6 +212,8 @@ class Material:
         }
         if self.plan.topics:
             content["topics"] = list(self.plan.topics)
+        if self.plan.scorer:
+            content["scorer"] = self.plan.content["scorer"]
         if self.model is not None:
             spec = self.model.spec
             return content | {"score": "model", "model": spec.name, "model_fingerprint": spec.fingerprint}
@@ -204,23 +241,3 @@ class Material:
             "selection": sidecar.selection,
             "recall_at_10": report.recall_at_10,
         }
-
-
-def _load_model(collection: Collection, name: str, machine: Machine) -> VideoEncoder:
-    from models.registry import load_encoder
-
-    record: dict[str, Any] = collection.encoder or {}
-    model = load_encoder(name, machine.device, record["precision"])
-    if not isinstance(model, VideoEncoder):
-        raise UsageError(
-            f"--model: {name} is not a model over another encoder's features",
-            "Leave --model out: texts are then encoded by the encoder the collection was made with.",
-        )
-    base = model.base.spec
-    if base.fingerprint != record["fingerprint"]:
-        raise UsageError(
-            f"--model: {name} is built on {base.name} ({base.fingerprint[:12]}), the features of {collection.folder} "
-            f"are from {record['name']} ({record['fingerprint'][:12]})",
-            "Use a collection of the model's own base, or a model over this one.",
-        )
-    return model

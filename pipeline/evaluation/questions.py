@@ -76,7 +76,7 @@ def evaluate_by_similarity(
         for number, score in zip(numbers, found, strict=True):
             scores[number] = score
         now = time.monotonic()
-        if done == 1 or now - last >= NOTE_SECONDS:
+        if done < len(by_question) and (done == 1 or now - last >= NOTE_SECONDS):
             last = now
             left = (now - started) / done * (len(by_question) - done)
             say(f"  {done} of {len(by_question)} questions, about {duration(left)} left")

@@ -87,6 +87,7 @@ def _scored_facts(scored: dict[str, Any]) -> list[tuple[str, str]]:
         ("sampling", scored["sampling"]),
     ]
     frames = "every sampled frame" if scored["selector"] == "all" else f"{scored['selector']}, keep {scored['keep']}"
+    frames += f" (scorer {scored['scorer'][:12]})" if "scorer" in scored else ""
     if "frames_per_clip" in scored:
         frames += f"; {scored['frames_per_clip']:.1f} a clip"
     facts.append(("frames", frames))

@@ -301,12 +301,14 @@ def test_models_and_encoders_of_other_features_are_refused(folder: Path, monkeyp
     other = FakeVideoModel(FakeEncoder(seed=5))
     monkeypatch.setattr("models.registry.load_encoder", lambda name, device, precision: other)
     with pytest.raises(UsageError, match=r"--model: fineco:x is built on fake \(.*the features of .* are from fake \("):
-        Material(Collection(folder), Options(model="fineco:x"), small_runs.machine())
+        evaluate_retrieval(one_each(), Material(Collection(folder), Options(model="fineco:x"), small_runs.machine()))
     monkeypatch.setattr("models.registry.load_encoder", lambda name, device, precision: FakeEncoder())
     with pytest.raises(UsageError, match="--model: builtin is not a model over another encoder's features"):
-        Material(Collection(folder), Options(model="builtin"), small_runs.machine())
+        evaluate_retrieval(one_each(), Material(Collection(folder), Options(model="builtin"), small_runs.machine()))
     with pytest.raises(UsageError, match="encoder: this collection was made with"):
-        Material(Collection(folder), Options(), small_runs.machine(), FakeEncoder(seed=5))
+        evaluate_retrieval(
+            one_each(), Material(Collection(folder), Options(), small_runs.machine(), FakeEncoder(seed=5))
+        )
 
 
 def test_a_collection_without_features_is_told_so(tmp_path: Path) -> None:
