@@ -7,12 +7,11 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import SELECTORS, Context, cli, device_option, machine_from, options
+from pipeline.cli.options import SELECTORS, Context, cli, collection_option, device_option, machine_from, options
 
 FILE = click.Path(path_type=Path)
 
 annotations_argument = click.argument("annotations", type=FILE)
-collection_option = click.option("-c", "--collection", "folder", type=FILE, help="Folder of the collection.")
 read_options = options(
     click.option("--dataset", help="Read the annotations as this format.  [default: told from the content]"),
     click.option("--only", type=FILE, help="Only videos of this list, one name a line."),
@@ -53,7 +52,7 @@ def evaluate() -> None:
 
 @evaluate.command()
 @annotations_argument
-@collection_option
+@click.option("-c", "--collection", "folder", type=FILE, help="Folder of the collection.")
 @click.option("--scores", type=FILE, help="Instead of a collection: a .npy of scores, texts x clips in file order.")
 @read_options
 @subset_option
@@ -71,14 +70,16 @@ def retrieval(context: Context, /, annotations: Path, folder: Path | None, score
     from pipeline.annotations import read_captions
     from pipeline.evaluation.retrieval import evaluate_retrieval, evaluate_scores
 
-    if (folder is None) == (scores is None):
-        raise click.UsageError("Give a collection (-c) or a matrix (--scores), one of the two.")
     rows, only = _restricted(read_captions(annotations, given["dataset"], given["subset"]), given["only"])
     dual = given["dual_softmax"]
-    if scores is not None:
+    if folder is not None and scores is None:
+        content = evaluate_retrieval(rows, _material(context, folder, given), dual, context.say)
+    elif scores is not None and folder is None:
+        if useless := [name for name in ("selector", "keep", "topics", "scorer", "model") if given[name]]:
+            raise click.UsageError(f"--{useless[0]} has no effect on ready --scores: leave it out.")
         content = evaluate_scores(rows, scores, _options(given), dual, context.say)
     else:
-        content = evaluate_retrieval(rows, _material(context, folder, given), dual, context.say)
+        raise click.UsageError("Give a collection (-c) or a matrix (--scores), one of the two.")
     _report(content, annotations, only, given)
 
 
@@ -91,7 +92,7 @@ def retrieval(context: Context, /, annotations: Path, folder: Path | None, score
 @device_option
 @report_options
 @click.pass_obj
-def mc(context: Context, /, annotations: Path, folder: Path | None, **given: Any) -> None:
+def mc(context: Context, /, annotations: Path, folder: Path, **given: Any) -> None:
     """Multiple choice: which of five captions is the video's own.
 
     ANNOTATIONS are JSON lines of video, options and answer (a position from 0); or captions, and then a list is drawn
@@ -125,7 +126,7 @@ def qa(
     context: Context,
     /,
     annotations: Path,
-    folder: Path | None,
+    folder: Path,
     answers: Path | None,
     classifier: bool,
     train: Path | None,
@@ -166,7 +167,7 @@ def qa(
 @device_option
 @report_options
 @click.pass_obj
-def moments(context: Context, /, annotations: Path, folder: Path | None, **given: Any) -> None:
+def moments(context: Context, /, annotations: Path, folder: Path, **given: Any) -> None:
     """How well the best moment of a video meets the annotated span.
 
     ANNOTATIONS are captions with start and end in seconds.
@@ -190,12 +191,10 @@ def _options(given: dict[str, Any]) -> Any:
     return Options(given.get("score", "rescore"), select, given.get("model"), given["draws"], given["seed"])
 
 
-def _material(context: Context, folder: Path | None, given: dict[str, Any]) -> Any:
+def _material(context: Context, folder: Path, given: dict[str, Any]) -> Any:
     from pipeline.collection import Collection
     from pipeline.evaluation.material import Material
 
-    if folder is None:
-        raise click.UsageError("Give a collection (-c).")
     return Material(Collection(folder), _options(given), machine_from(context, given["device"]))
 
 
