@@ -50,7 +50,7 @@ def load_tokenizer(source: str | Path, n_words: int, special: dict[str, int]) ->
             "VideoCLIP reads text in BERT's word pieces, and the package for it is not installed",
             "Run: pip install 'fineco[videoclip]'",
         ) from error
-    file = _locate(source, VOCABULARY_NAMES, "the tokenizer", "with --tokenizer FOLDER of 'fineco convert'")
+    file = _locate(source, VOCABULARY_NAMES, "the tokenizer", "to 'fineco convert' by --tokenizer FOLDER")
     words: Any
     try:
         words = BertWordPieceTokenizer(str(file)) if file.suffix == ".txt" else Words.from_file(str(file))
@@ -88,7 +88,7 @@ def read_bert(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors.torch import load_file
 
     config_file, weights_file = (
-        _locate(source, (name,), "the weights of BERT", "by its name") for name in (CONFIG_NAME, WEIGHTS_NAME)
+        _locate(source, (name,), "the weights of BERT", "in place of the name") for name in (CONFIG_NAME, WEIGHTS_NAME)
     )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
@@ -141,5 +141,5 @@ def _from_hub(repository: str, names: Sequence[str], what: str, how: str) -> Pat
             f"{what} cannot be had: {name} of hub repository {repository} at {constants.ENDPOINT}: {one_line(error)}; "
             f"not in the cache {constants.HF_HUB_CACHE} either",
             f"Run it once where the hub can be reached, or copy the folder of {repository} from another machine and "
-            f"give that {how}." + (" HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") else ""),
+            f"give it {how}." + (" HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") else ""),
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import enum
+import functools
 import os
 import pickle
 import subprocess
@@ -178,6 +179,7 @@ def test_settings_of_any_class_are_passed_over(tmp_path: Path) -> None:
         extra_state={
             "best": collections.defaultdict(list, a=[1]),
             "choice": Choice.HARD,
+            "call": functools.partial(print, 1),
             "path": Path("a") / "b",
             "type": Metadata,
         },
