@@ -12,11 +12,11 @@ import traceback
 
 import click
 
-from pipeline.cli import convert, evaluate, inspect, scorer, stages
+from pipeline.cli import convert, evaluate, inspect, scorer, stages, train
 from pipeline.cli.options import Context, cli, complain
 from pipeline.errors import FinecoError
 
-__all__ = ["cli", "convert", "evaluate", "inspect", "main", "scorer", "stages"]
+__all__ = ["cli", "convert", "evaluate", "inspect", "main", "scorer", "stages", "train"]
 
 
 def main() -> None:
