@@ -23,7 +23,7 @@ from pipeline.types import Float32, check_shape
 
 HIDDEN = 64
 NEAR = 16  # frames on both sides among which the likest one is looked for: all of them would cost T x T
-CHUNK = 256  # frames at a time, so that a video of ten hours needs no more memory than its features
+CHUNK = 128  # frames at a time, so that a video of ten hours needs no more memory than its features
 N_STATISTICS = 5
 
 

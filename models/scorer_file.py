@@ -77,7 +77,8 @@ def read_facts(path: Path) -> ScorerFacts:
         if not all(type(n) is int and 0 < n <= MAX_SIZE for n in (facts.dim, facts.hidden)):
             raise ValueError(f"a scorer of impossible sizes ({facts.dim}, {facts.hidden})")
     except (OSError, SafetensorError, ValueError, TypeError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        missing = isinstance(error, FileNotFoundError)
+        reason = "no such file" if missing else (getattr(error, "strerror", None) or str(error)).splitlines()[0]
         raise UsageError(f"scorer: {path}: {reason}", "Give a file that 'fineco train-scorer' made.") from error
     return facts
 
