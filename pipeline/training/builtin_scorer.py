@@ -11,7 +11,8 @@ import argparse
 import io
 import multiprocessing
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -105,8 +106,12 @@ def lessons_of(stories: Sequence[Story], encoder: Encoder, workers: int) -> list
     vectors = encoder.encode_text([story.text for story in stories])
     paint = partial(render, side=encoder.spec.geometry.height)
     lessons = []
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for number, frames in enumerate(pool.imap(paint, stories, chunksize=4)):
+    with ExitStack() as stack:
+        painted: Iterator[UInt8] = map(paint, stories)
+        if workers > 1:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
+            painted = pool.imap(paint, stories, chunksize=4)
+        for number, frames in enumerate(painted):
             rows = round_features(encoder.encode_frames(frames))
             features = FrameFeatures(str(number), rows, np.arange(len(rows), dtype=np.float64), 1.0)
             taught = lesson(features, [TimedText(stories[number].text)], vectors[number : number + 1], KEEP)
