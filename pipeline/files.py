@@ -66,7 +66,10 @@ def write_file(path: Path, write: Callable[[Path], None]) -> FileRecord:
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors leaves files that only their owner may read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         record = record_of(temporary)

@@ -48,7 +48,7 @@ LEAST_COSINE = -1.0  # the score of a frame that no text speaks of: below every 
 
 SHORTEST_MEAN = 1e-5  # a mean of unit vectors shorter than this is rounding noise without a direction
 
-RATIO_SLACK = 1e-9  # 0.1 * 30 is 3.0000000000000004 in binary; without this its ceiling would be 4
+RATIO_SLACK = 1e-9  # 0.07 * 100 is 7.000000000000001 in binary; without this its ceiling would be 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,8 @@ def test_stages_reach_encoders_through_the_registry() -> None:
         if isinstance(node, ast.ImportFrom) and any(alias.name.startswith("load_") for alias in node.names)
     }
     assert "models.open_clip" in adapters
-    outside = [module for module in SOURCES if not within(module, ("models",))]
+    # training makes what the adapters load, and has to know its form
+    outside = [module for module in SOURCES if not within(module, ("models", "pipeline.training"))]
     found = [breach(m, i.line, f"imports {i.target}") for m in outside for i in imports(m) if i.target in adapters]
     assert found == []
 

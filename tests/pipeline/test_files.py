@@ -156,3 +156,15 @@ def test_a_kill_at_any_step_leaves_the_old_file_or_the_new(tmp_path: Path) -> No
             break
         assert done.returncode == -signal.SIGKILL
     assert seen == [b"old"] * 3 + [b"new"] * 4  # around fsync, rename, fsync of the folder; and unharmed
+
+
+def test_a_file_has_the_mode_that_the_user_asked_for_whoever_wrote_it(tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        path.unlink(missing_ok=True)
+        path.write_bytes(b"x")
+        path.chmod(0o600)
+
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    write_file(tmp_path / "a", write)
+    assert (tmp_path / "a").stat().st_mode == ordinary.stat().st_mode
