@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models.open_clip_weights import one_line
 from models.s3d import N_WORDS, S3D, WORD_DIM, Dictionary
 from pipeline.errors import FinecoError, IntegrityError, UsageError
 
@@ -71,7 +72,7 @@ def convert_s3d(weights: Path, dictionary: Path, out: Path) -> None:
         facts = {"kind": "s3d", "sha256": _sha256(out), "licence": LICENCE}
         config.write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     except (OSError, SafetensorError) as error:
-        raise FinecoError(f"{out} cannot be written: {_one_line(error)}") from error
+        raise FinecoError(f"{out} cannot be written: {one_line(error)}") from error
 
 
 def read_s3d(folder: Path) -> StoredS3D:
@@ -93,7 +94,7 @@ def read_s3d(folder: Path) -> StoredS3D:
         words = json.loads((folder / WORDS).read_text("utf-8"))
         given = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise IntegrityError(f"{folder} cannot be read: {_one_line(error)}", _AGAIN) from error
+        raise IntegrityError(f"{folder} cannot be read: {one_line(error)}", _AGAIN) from error
     model = _model_for(given)
     state = _strict_state(given, model, folder / WEIGHTS)
     _check_table(words, state[_TABLE], folder / WORDS)
@@ -106,7 +107,7 @@ def _read_pickled(path: Path) -> Mapping[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile and torch each have their own
         raise IntegrityError(
-            f"{path} cannot be loaded as weights: {_one_line(error)}",
+            f"{path} cannot be loaded as weights: {one_line(error)}",
             "Get the file again; fineco loads files that hold plain tensors only.",
         ) from error
     if not isinstance(state, Mapping):
@@ -154,7 +155,7 @@ def _read_dictionary(path: Path) -> list[str]:
                 "It holds Python objects, and loading those may run code. If you trust it: python -c "
                 f"\"import numpy as n; n.save('words.npy', n.load('{path.name}', allow_pickle=True).astype(str))\""
             )
-        raise IntegrityError(f"{path} is not an array of words: {_one_line(error)}", hint) from error
+        raise IntegrityError(f"{path} is not an array of words: {one_line(error)}", hint) from error
     if not isinstance(words, np.ndarray) or words.dtype.kind != "U" or words.ndim != 1:
         raise IntegrityError(f"{path} is not a one-dimensional array of unicode words")
     listed: list[str] = words.tolist()
@@ -172,7 +173,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path} cannot be read: {_one_line(error)}", _AGAIN) from error
+        raise IntegrityError(f"{path} cannot be read: {one_line(error)}", _AGAIN) from error
     return content if isinstance(content, dict) else {}
 
 
@@ -183,7 +184,3 @@ def _sha256(folder: Path) -> str:
         with (folder / name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
