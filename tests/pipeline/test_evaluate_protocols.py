@@ -20,7 +20,7 @@ from pipeline.annotations import Annotations, Caption, Choice, Question
 from pipeline.collection import Collection
 from pipeline.config import SelectOptions
 from pipeline.errors import UsageError
-from pipeline.evaluate import rank_rows, retrieval_metrics
+from pipeline.evaluate import dual_softmax, rank_rows, retrieval_metrics, temporal_iou
 from pipeline.evaluation import retrieval
 from pipeline.evaluation.choice import draw_choices, evaluate_choice
 from pipeline.evaluation.clips import Clips, VideoRows, rows_in_span
@@ -35,7 +35,7 @@ from pipeline.evaluation.questions import (
 )
 from pipeline.evaluation.retrieval import evaluate_retrieval, evaluate_scores, pair_up
 from pipeline.evaluation.scoring import mean_blocks, rescore_blocks
-from pipeline.rescore import rescore, score_frames
+from pipeline.rescore import find_moments, rescore, score_frames
 from pipeline.select import pool
 from pipeline.types import Float32, FrameFeatures, UInt8, Video
 
@@ -156,6 +156,8 @@ def test_a_span_beside_the_frames_takes_the_nearest_one() -> None:
     assert rows_in_span(video, 20, 25) == slice(3, 4)
     assert rows_in_span(video, 4, 5) == slice(2, 3)
     assert rows_in_span(video, 1.0, 1.0) == slice(1, 2)
+    assert rows_in_span(rows_of([0, 10], 4), 8, 9) == slice(1, 2)  # the frame's middle counts, not its start or end
+    assert rows_in_span(rows_of([0, 10], 4), 4, 5) == slice(0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- scores
@@ -280,6 +282,18 @@ def test_a_selector_scores_only_what_it_keeps(folder: Path) -> None:
     assert values(content)["mean_rank"] == retrieval_metrics(matrix, draws=0).mean_rank
 
 
+def test_the_caption_selector_keeps_what_a_run_keeps(folder: Path) -> None:
+    """By the texts beside the videos, never by the captions that are the queries."""
+    opened = material(folder, select=small_runs.HALF)
+    videos = opened.match({f"clip{i}" for i in range(4)}).found
+    rows = opened.read(videos.values())
+    embeddings = small_runs.embeddings_of(folder)
+    for video in videos.values():
+        kept = embeddings[video.path]
+        assert np.array_equal(rows[video.video_id].features, kept.features)
+        assert np.array_equal(rows[video.video_id].pts_seconds, kept.pts_seconds)
+
+
 def test_queries_that_also_chose_the_frames_are_counted(folder: Path) -> None:
     rows = [Caption("clip1", small_runs.CAPTIONS[1]), Caption("clip2", "something else")]
     select = SelectOptions("caption", "0.5")
@@ -341,20 +355,27 @@ def test_the_report_holds_what_decides_the_figures(folder: Path) -> None:
 
 def test_a_ready_matrix_is_ranked_in_the_order_of_the_annotations(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
-    scores = rng.standard_normal((5, 3))
-    rows = captions(*[Caption("abc"[i % 3], f"text {i}") for i in range(5)])
+    scores = rng.standard_normal((30, 10)) / 50
+    right = [i % 10 for i in range(30)]
+    owners = [[i, i + 10, i + 20] for i in range(10)]
+    rows = captions(*[Caption(f"video {i}", f"text {i}") for i in right])
     for dtype in (np.float16, np.float32, np.float64):
         np.save(tmp_path / "s.npy", scores.astype(dtype))
         content = evaluate_scores(rows, tmp_path / "s.npy", Options(draws=0), dual=True)
-        ranks = rank_rows(scores.astype(dtype), [0, 1, 2, 0, 1])
-        assert values(content)["mean_rank"] == ranks.average.mean()
+        ranks = rank_rows(scores.astype(dtype), right)
+        back, weighted = rank_rows(scores.astype(dtype).T, owners), dual_softmax(scores.astype(dtype))
+        dual_back = rank_rows(dual_softmax(scores.astype(dtype).T), owners)
+        expected = (ranks, back, rank_rows(weighted, right), dual_back)
+        for number, directed in enumerate(expected):
+            assert values(content, number)["mean_rank"] == directed.average.mean()
         assert [result["dual_softmax"] for result in content["results"]] == [None, None, 100, 100]
 
 
 def test_scores_that_differ_only_in_float64_are_no_ties(tmp_path: Path) -> None:
     np.save(tmp_path / "s.npy", np.array([[1 + 1e-12, 1], [1, 1 + 1e-12]]))
     content = evaluate_scores(captions(Caption("a", "x"), Caption("b", "y")), tmp_path / "s.npy", Options(draws=0))
-    assert values(content)["r1"] == 1 and content["results"][0]["tied"] == 0
+    for result in content["results"]:
+        assert result["values"]["r1"] == 1 and result["tied"] == 0
 
 
 def test_matrices_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -423,31 +444,28 @@ def test_lists_that_cannot_be_drawn_are_told_so() -> None:
 def test_a_moment_is_held_against_its_span(folder: Path) -> None:
     """The query is one frame's own vector, which a text cannot have: so the encoder is taught one."""
     features = stored(folder)["clip3"]
-    target = features.features[6]
+    target = features.features[9]
 
     class Taught(FakeEncoder):
         def encode_text(self, texts: Sequence[str]) -> Float32:
             return np.stack([target for _ in texts])
 
-    scores = score_frames(target, features.features)
-    everything = np.concatenate([stored(folder)[f"clip{i}"].features for i in (2, 3)])
-    background = float(np.median(score_frames(target, everything)))
-    level = (background + float(scores.max())) / 2
-    run = [6, 6]
-    while run[0] > 0 and scores[run[0] - 1] >= level:
-        run[0] -= 1
-    while run[1] < len(scores) - 1 and scores[run[1] + 1] >= level:
-        run[1] += 1
-    start, end = float(features.pts_seconds[run[0]]), float(features.pts_seconds[run[1]]) + features.span_seconds
+    frames = [stored(folder)[f"clip{i}"] for i in (2, 3)]
+    scores = [score_frames(target, video.features) for video in frames]
+    background = float(np.median(np.concatenate(scores)))  # of all the annotated videos, not of each alone
+    true = [(1.6, 2.0), (1.6, 2.4)]
+    expected, whole = [], []
+    for video, s, (start, end) in zip(frames, scores, true, strict=True):
+        duration = len(s) * video.span_seconds
+        best = find_moments(s, video.pts_seconds, video.span_seconds, background, duration)[0]
+        expected.append(float(temporal_iou(*map(np.array, (best.start_seconds, best.end_seconds, start, end)))))
+        whole.append((end - start) / duration)
+    assert expected == pytest.approx([1, 0.75], abs=0.01)  # with its own level, the first would be half as long
     opened = Material(Collection(folder), Options(draws=0), small_runs.machine(), Taught())
-    rows = [Caption("clip3", "x", start, end), Caption("clip2", "y", 0, 0.1)]
-    content = evaluate_moments(captions(*rows), opened)
-    duration = len(features.pts_seconds) * features.span_seconds
-    assert content["scored"]["background_frames"] == len(everything)
-    assert values(content)["r1_iou_0.7"] >= 0.5  # the first query's moment is the span itself
-    assert values(content, 1)["mean_iou"] == pytest.approx(
-        np.mean([(end - start) / duration, 0.1 / 2.0]), rel=0.06
-    )  # the whole video, whose last frames may go past its stated end
+    content = evaluate_moments(captions(Caption("clip2", "y", *true[0]), Caption("clip3", "x", *true[1])), opened)
+    assert content["scored"]["background_frames"] == sum(map(len, scores))
+    assert values(content)["mean_iou"] == pytest.approx(np.mean(expected))
+    assert values(content, 1)["mean_iou"] == pytest.approx(np.mean(whole), rel=0.1)  # the file's length is its own
 
 
 def test_a_sentence_annotated_twice_is_one_query_that_either_span_answers(folder: Path) -> None:
@@ -477,6 +495,15 @@ def test_the_answer_whose_text_is_most_like_the_video_wins(folder: Path) -> None
     assert values(content)["accuracy"] == right / 5
     assert content["reachable"] == 4 / 5
     assert said[0] == "5 questions (2 different) x 5 answers: 10 texts to encode"
+    encoded: list[str] = []
+
+    class Spy(FakeEncoder):
+        def encode_text(self, texts: Sequence[str]) -> Float32:
+            encoded.extend(texts)
+            return super().encode_text(texts)
+
+    evaluate_by_similarity(asked, WORDS, Material(Collection(folder), Options(), small_runs.machine(), Spy()))
+    assert encoded == [f"{question} {word}" for question in ("what is there?", "who?") for word in WORDS]
     by_model = evaluate_by_similarity(asked, WORDS, material(folder, FakeVideoModel(encoder)))
     assert by_model["scored"]["score"] == "model"
 
