@@ -142,7 +142,7 @@ def load_fineco(folder: Path, base: Encoder) -> VideoEncoder:
         raise UsageError(f"{folder} has no {WEIGHTS_NAME}", "Its training has not come to the end of an epoch yet.")
     try:
         config = HeadConfig(**content["head"])
-        head = FineCoHead(config)
+        head = FineCoHead(config).eval()
         head.load_state_dict(load_file(path), strict=True)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -158,7 +158,7 @@ def _spec(folder: Path, head: FineCoHead, base: EncoderSpec, weights: Path) -> E
     for what in (base.fingerprint, json.dumps(asdict(head.config), sort_keys=True)):
         digest.update(what.encode())
     # rounded, because the fingerprint must not hang on the last bit of a machine's exp()
-    temperature = float(f"{1 / float(head.logit_scale()):.6g}")
+    temperature = float(f"{1 / float(head.logit_scale().detach()):.6g}")
     return replace(
         base,
         name=f"fineco:{os.path.abspath(folder)}",

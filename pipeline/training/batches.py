@@ -106,7 +106,7 @@ def _batches_of_neighbours(
                 continue
             if seed in batch:
                 continue
-            near = [v for v in neighbours[seed].tolist() if v in left and v not in batch]
+            near = [v for v in neighbours[seed].tolist() if v in left and v not in batch and v != seed]
             some = rng.permutation(near)[: NEIGHBOURS_PER_CLUSTER - 1].tolist() if near else []
             for video in [seed, *some][: batch_size - len(batch)]:
                 batch[video] = left[video].pop()
