@@ -193,7 +193,7 @@ class FrameEmbedder:
             else:
                 assembly = open_videos.pop(key)
                 if assembly.windows is not None:
-                    yield _Input(assembly, *assembly.windows.finish())
+                    yield _Input(assembly, *assembly.windows.finish(event.duration_seconds))
                 yield assembly, event
 
     def _take(self, item: _Batch | _End | VideoFailed) -> Iterator[EmbedEvent]:

@@ -5,7 +5,8 @@ slots n * W to (n + 1) * W - 1. How they are filled:
 
     a slot without a frame      the frame before it, also the last one of the window just before; at the start of a
                                 video, or after a window without frames, the first frame of the window
-    slots after the last frame  zeros, as the published features have them (METHOD.md section 3)
+    slots after the last frame  that frame until the video ends, then zeros, as the published features have them
+                                (METHOD.md section 3)
     a window without a frame    is left out, so no time is invented; ffmpeg's fps filter, which the published features
                                 went through, would show the frame before it over and over
 """
@@ -64,11 +65,13 @@ class WindowFiller:
         self._n_filled = place + 1
         return full
 
-    def finish(self) -> tuple[float, UInt8]:
-        """The last window, after the video's last frame."""
+    def finish(self, duration_seconds: float) -> tuple[float, UInt8]:
+        """The last window, after the video's last frame. A length of 0, where it is unknown, ends with that frame."""
         if self._window is None:
             raise ValueError("a video without frames has no windows")
-        self._window[self._n_filled :] = 0
+        end = round(duration_seconds * self._fps) - self._number * self._shape[0]
+        self._window[self._n_filled : max(end, self._n_filled)] = self._window[self._n_filled - 1]
+        self._window[max(end, self._n_filled) :] = 0
         return self._start(), self._window
 
     def _start(self) -> float:

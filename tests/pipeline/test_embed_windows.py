@@ -84,8 +84,8 @@ class WholeEncoder:
         raise NotImplementedError
 
 
-def slow_windows(frames: Timed) -> dict[int, UInt8]:
-    """The oracle: number of the window -> its frames, slot by slot, from all frames of a video."""
+def slow_windows(frames: Timed, duration: float) -> dict[int, UInt8]:
+    """The oracle: number of the window -> its frames, slot by slot, from all frames of a video and its length."""
     slots: dict[int, UInt8] = {}
     for seconds, pixels in frames:
         slots.setdefault(int(seconds * int(FPS)), pixels)  # the first frame of a cell
@@ -95,7 +95,7 @@ def slow_windows(frames: Timed) -> dict[int, UInt8]:
         for slot in range(number * WINDOW, (number + 1) * WINDOW):
             earlier = [k for k in slots if (number - 1) * WINDOW <= k <= slot]
             inside = [k for k in slots if k // WINDOW == number]
-            if slot > max(slots):
+            if slot > max(slots) and (slot + 0.5) / FPS > duration:
                 taken.append(np.zeros((SIZE, SIZE, 3), np.uint8))
             else:
                 taken.append(slots[max(earlier)] if earlier else slots[min(inside)])
@@ -103,9 +103,9 @@ def slow_windows(frames: Timed) -> dict[int, UInt8]:
     return windows
 
 
-def check(features: FrameFeatures, frames: Timed) -> None:
+def check(features: FrameFeatures, frames: Timed, duration: float) -> None:
     """One video's rows and times against the oracle."""
-    windows = slow_windows(frames)
+    windows = slow_windows(frames, duration)
     numbers = sorted(windows)
     encoder = WindowEncoder()
     expected = round_features(np.concatenate([encoder.encode_frames(windows[n][None]) for n in numbers]))
@@ -171,16 +171,17 @@ def test_windows_of_real_videos_are_the_slow_ones(clips: dict[str, Path], batch_
     with DecodePool(2, Sampling("fps", FPS), geometry, DecodeLimits()) as pool:
         events, _ = run(pool.decode(videos, threading.Event()), batch_size=batch_size)
     found = embedded(events)
+    durations = {e.decoded.video.video_id: e.decoded.duration_seconds for e in events if isinstance(e, VideoEmbedded)}
     assert set(found) == set(clips)
     for name, path in clips.items():
-        check(found[name], every_frame(path))
+        check(found[name], every_frame(path), durations[name])
 
 
 def test_the_oracle_itself_on_a_video_that_one_can_count(clips: dict[str, Path]) -> None:
     frames = every_frame(clips["long_hole"])  # frames in slots 0, 1, 2; 60, 61; 75
-    windows = slow_windows(frames)
+    windows = slow_windows(frames, 77 / 30)
     assert sorted(windows) == [0, 10, 12]
-    where: dict[int, list[int | None]] = {0: [0, 1, 2, 2, 2, 2], 10: [3, 4, 4, 4, 4, 4], 12: [5, 5, 5, 5, None, None]}
+    where: dict[int, list[int | None]] = {0: [0, 1, 2, 2, 2, 2], 10: [3, 4, 4, 4, 4, 4], 12: [5, 5, 5, 5, 5, None]}
     for number, places in where.items():
         for found, place in zip(windows[number], places, strict=True):
             np.testing.assert_array_equal(found, 0 if place is None else frames[place][1])
@@ -201,9 +202,9 @@ def timed(name: str, slots: Iterable[int]) -> Timed:
     return [(Fraction(slot, 30), picture(name, slot)) for slot in slots]
 
 
-def events_of(name: str, slots: Iterable[int], attempt: int = 1) -> list[DecodeEvent]:
+def events_of(name: str, slots: Iterable[int], attempt: int = 1, duration: float = 0.0) -> list[DecodeEvent]:
     frames = [DecodedFrame(entry(name), attempt, float(s), pixels) for s, pixels in timed(name, slots)]
-    return [*frames, VideoDecoded(entry(name), attempt, 9.0, 1 / FPS, 30, (), 1.0, 0.5)]
+    return [*frames, VideoDecoded(entry(name), attempt, duration, 1 / FPS, 30, (), 1.0, 0.5)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -213,7 +214,8 @@ def events_of(name: str, slots: Iterable[int], attempt: int = 1) -> list[DecodeE
     data=st.data(),
 )
 def test_any_interleaving_gives_the_slow_windows(slots: list[set[int]], batch_size: int, data: st.DataObject) -> None:
-    queues = {f"v{i}": events_of(f"v{i}", sorted(some)) for i, some in enumerate(slots)}
+    durations = [data.draw(st.integers(0, 60)) / FPS for _ in slots]  # also shorter than where the last frame is
+    queues = {f"v{i}": events_of(f"v{i}", sorted(some), duration=durations[i]) for i, some in enumerate(slots)}
     events: list[DecodeEvent] = []
     while queues:
         name = data.draw(st.sampled_from(sorted(queues)))
@@ -223,7 +225,7 @@ def test_any_interleaving_gives_the_slow_windows(slots: list[set[int]], batch_si
     found = embedded(run(events, batch_size=batch_size)[0])
     assert len(found) == len(slots)
     for i, some in enumerate(slots):
-        check(found[f"v{i}"], timed(f"v{i}", sorted(some)))
+        check(found[f"v{i}"], timed(f"v{i}", sorted(some)), durations[i])
 
 
 @pytest.mark.parametrize(("batch_size", "n_windows"), [(1, 1), (WINDOW, 1), (3 * WINDOW - 1, 2), (3 * WINDOW, 3)])
@@ -249,21 +251,21 @@ def test_frames_are_copied_before_the_next_is_asked_for() -> None:
             else:
                 yield event
 
-    check(embedded(run(reusing())[0])["a"], timed("a", slots))
+    check(embedded(run(reusing())[0])["a"], timed("a", slots), 0.0)
 
 
 def test_a_second_attempt_has_nothing_of_the_first() -> None:
     failure = VideoFailed(entry("a"), 1, VideoError("crash", "it died"), True, 1.0)
     first = events_of("a", [1, 2, 9, 10])[:-1]
     events, _ = run([*first, *events_of("b", [3]), failure, *events_of("a", [2, 8], attempt=2)])
-    check(embedded(events)["a"], timed("a", [2, 8]))
-    check(embedded(events)["b"], timed("b", [3]))
+    check(embedded(events)["a"], timed("a", [2, 8]), 0.0)
+    check(embedded(events)["b"], timed("b", [3]), 0.0)
 
 
 def test_out_of_memory_halves_the_windows_and_gives_the_same_vectors() -> None:
     encoder = WindowEncoder(max_batch=1)
     events, embedder = run(events_of("a", range(20)), encoder, batch_size=4 * WINDOW)
-    check(embedded(events)["a"], timed("a", range(20)))
+    check(embedded(events)["a"], timed("a", range(20)), 0.0)
     assert embedder.halved_to == WINDOW
     assert encoder.batch_sizes[:3] == [4, 2, 1]
 
