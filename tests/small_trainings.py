@@ -52,7 +52,7 @@ def small_examples(n: int = 10, seed: int = 0, tokens: tuple[int, int] = (3, 40)
 def small_head(seed: int = 0, **changes: Any) -> FineCoHead:
     torch.manual_seed(seed)
     sizes = {"input_dim": DIM, "text_dim": DIM, "dim": DIM, "intermediate": 32, "dropout": 0.0, "temperature": 0.1}
-    return FineCoHead(HeadConfig(**{**sizes, **TINY, **changes}))  # type: ignore[arg-type]
+    return FineCoHead(HeadConfig(**{**sizes, **TINY, **changes}))
 
 
 def shake(head: FineCoHead, seed: int = 1) -> FineCoHead:
@@ -61,7 +61,7 @@ def shake(head: FineCoHead, seed: int = 1) -> FineCoHead:
     with torch.no_grad():
         for parameter in head.parameters():
             if parameter.ndim:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return head.eval()
 
 
@@ -122,7 +122,7 @@ def start_training(
 ) -> BaseProcess:
     """A training in another process, slow enough to be hit in the middle; one of `size` that train together."""
     arguments = (str(collection), str(output), dict(given), rank, size, port)
-    process = _processes().Process(target=_train_process, args=arguments, daemon=True)
+    process: BaseProcess = _processes().Process(target=_train_process, args=arguments, daemon=True)
     process.start()
     return process
 

@@ -10,8 +10,9 @@ s_i        score of token i            `scores` (B, T): dot product, or cosine
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from pipeline.training.distributed import Group
 from pipeline.training.options import ObjectiveOptions
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 class Trainable(Protocol):
     """What a model must have to be trained; it is an nn.Module too."""
 
@@ -30,7 +34,8 @@ class Trainable(Protocol):
 
     def encode_video(self, features: Tensor, mask: Tensor) -> VideoStates: ...
 
-    def encode_text(self, *inputs: Tensor) -> Tensor: ...
+    @property
+    def encode_text(self) -> Callable[..., Tensor]: ...
 
     def logit_scale(self) -> Tensor: ...
 
@@ -99,7 +104,7 @@ class Objective:
         return fineco_positives(frame_scores(states.tokens, text, similarity), batch.mask, self._options.ratio)
 
 
-def moving_average(model: nn.Module) -> nn.Module:
+def moving_average(model: Model) -> Model:
     """A copy of a model that `follow` moves after it; it drops nothing out and learns nothing."""
     average = copy.deepcopy(model).eval().requires_grad_(False)
     return average

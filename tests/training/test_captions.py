@@ -49,7 +49,7 @@ def test_without_a_file_the_texts_found_with_the_videos_are_taken(tmp_path: Path
 
 def test_a_text_names_its_video_by_id_file_name_or_stem(tmp_path: Path) -> None:
     folder = make_collection(tmp_path / "kitchen", 4, paths={3: "/videos/clip.one.mkv"})
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"video": "id-0", "caption": "by id"},
         {"video": "clip1.mp4", "text": "by file name"},
         {"video": "clip2", "caption": "by stem", "start": 0.5, "end": 1.5},
@@ -69,7 +69,8 @@ def test_a_text_names_its_video_by_id_file_name_or_stem(tmp_path: Path) -> None:
 
 def test_texts_of_unknown_or_doubtful_videos_are_left_out_and_said(tmp_path: Path) -> None:
     folder = make_collection(tmp_path / "kitchen", 3, paths={1: "/a/same.mp4", 2: "/b/same.mp4"})
-    rows = [{"video": f"gone{n}", "caption": "x"} for n in range(5)] + [
+    rows: list[dict[str, Any]] = [{"video": f"gone{n}", "caption": "x"} for n in range(5)]
+    rows += [
         {"video": "same", "caption": "which one?"},
         {"video": "id-2", "caption": "this one"},
     ]

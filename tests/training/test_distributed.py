@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from small_trainings import make_collection, metrics_of, start_training, train_small
 
-OPTIONS = {"epochs": 4, "dropout": 0.0, "frame_ema": 0.9, "batch_size": 6}
+OPTIONS: dict[str, Any] = {"epochs": 4, "dropout": 0.0, "frame_ema": 0.9, "batch_size": 6}
 
 
 def free_port() -> int:

@@ -93,7 +93,7 @@ def test_a_moving_average_chooses_the_positives_and_nothing_else(batch: Batch) -
 
 def test_the_moving_average_is_one() -> None:
     model, average = small_head(), moving_average(small_head())
-    start, end = average.video_out.bias.clone(), shake(model).video_out.bias.detach()  # type: ignore[union-attr, operator]
+    start, end = average.video_out.bias.clone(), shake(model).video_out.bias.detach()
     for _ in range(3):
         follow(average, model, 0.9)
     expected = 0.9**3 * start + (1 - 0.9**3) * end
@@ -119,4 +119,4 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 def test_training_options_out_of_range_are_refused() -> None:
     for options in ({"batch_size": 1}, {"lr": 0.0}, {"epochs": 0}, {"max_tokens": 2}, {"clips": "all"}):
         with pytest.raises(UsageError):
-            TrainOptions(**options)  # type: ignore[arg-type]
+            TrainOptions(**options)

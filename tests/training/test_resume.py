@@ -6,6 +6,7 @@ import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from pipeline.training.checkpoints import Journal
 from pipeline.training.command import Work
 from small_trainings import kill_at, make_collection, metrics_of, start_training, train_small
 
-EVERYTHING = {"epochs": 8, "frame_ema": 0.9, "hard_negatives": True, "dropout": 0.2}
+EVERYTHING: dict[str, Any] = {"epochs": 8, "frame_ema": 0.9, "hard_negatives": True, "dropout": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_a_finished_training_is_left_alone(collection: Path, tmp_path: Path) -> 
     ],
 )
 def test_another_option_than_it_was_started_with_is_refused_by_name(
-    collection: Path, tmp_path: Path, given: dict[str, object], message: str
+    collection: Path, tmp_path: Path, given: dict[str, Any], message: str
 ) -> None:
     train_small(collection, tmp_path, epochs=1)
     with pytest.raises(UsageError, match=message):
