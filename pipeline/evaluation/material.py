@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from models.base import Encoder, VideoEncoder
+from models.registry import LOCAL_FOLDERS
 from pipeline import store
 from pipeline.annotations import Annotations
 from pipeline.collection import Collection, Snapshot
@@ -203,7 +205,7 @@ class Material:
     def describe(self) -> dict[str, Any]:
         """Encoder, sampling, selector and score, for a report."""
         content = {
-            "encoder": self._record["name"],
+            "encoder": _without_folder(self._record["name"]),
             "fingerprint": self._record["fingerprint"],
             "precision": self._record["precision"],
             "sampling": sampling_of(self._collection.config).describe(),
@@ -216,7 +218,11 @@ class Material:
             content["scorer"] = self.plan.content["scorer"]
         if self.model is not None:
             spec = self.model.spec
-            return content | {"score": "model", "model": spec.name, "model_fingerprint": spec.fingerprint}
+            return content | {
+                "score": "model",
+                "model": _without_folder(spec.name),
+                "model_fingerprint": spec.fingerprint,
+            }
         if self.options.score == "rescore":
             return content | {"score": "rescore", "temperature": self.encoder.spec.temperature}
         return content | {"score": self.options.score}
@@ -241,3 +247,9 @@ class Material:
             "selection": sidecar.selection,
             "recall_at_10": report.recall_at_10,
         }
+
+
+def _without_folder(name: str) -> str:
+    """`fineco:/home/me/heads/a` as `fineco:a`: a report may be shown to others; the fingerprint says which it is."""
+    prefix = next((prefix for prefix in LOCAL_FOLDERS if name.startswith(prefix)), None)
+    return name if prefix is None else prefix + os.path.basename(name.removeprefix(prefix).rstrip("/"))

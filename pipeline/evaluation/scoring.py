@@ -16,7 +16,7 @@ from pipeline.evaluation.clips import Clips
 from pipeline.evaluation.material import Material
 from pipeline.types import Float32, Float64
 
-BLOCK_BYTES = 64 * 2**20  # of one block of frame scores in float64
+BLOCK_BYTES = 16 * 2**20  # of one block of frame scores in float64, of which five are in memory; more is no faster
 MODEL_BLOCK_BYTES = 256 * 2**20  # of one block of a model's scores: each block encodes all clips anew
 TEXTS_AT_ONCE = 512  # for a model that scores pairs: each of them meets every clip beside it, needed or not
 Block = tuple[int, Float32]  # number of its first text, scores (texts, clips)

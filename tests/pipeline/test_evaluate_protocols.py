@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import small_runs
 from fakes import FakeEncoder
 from models.base import Encoder, EncoderSpec
-from pipeline.annotations import Annotations, Caption, Choice, Question
+from pipeline.annotations import Annotations, Caption, Choice, Question, read_captions
 from pipeline.collection import Collection
 from pipeline.config import SelectOptions
 from pipeline.errors import UsageError
@@ -311,6 +311,12 @@ def test_a_video_models_own_score_ranks_the_pairs(folder: Path) -> None:
     assert content["scored"]["model_fingerprint"] == model.spec.fingerprint
 
 
+def test_a_report_names_a_local_model_without_its_folder(folder: Path) -> None:
+    model = FakeVideoModel(FakeEncoder())
+    model.spec = replace(model.spec, name="fineco:/home/somebody/heads/good/")
+    assert evaluate_retrieval(one_each(), material(folder, model))["scored"]["model"] == "fineco:good"
+
+
 def test_models_and_encoders_of_other_features_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = FakeVideoModel(FakeEncoder(seed=5))
     monkeypatch.setattr("models.registry.load_encoder", lambda name, device, precision: other)
@@ -359,7 +365,8 @@ def test_a_ready_matrix_is_ranked_in_the_order_of_the_annotations(tmp_path: Path
     right = [i % 10 for i in range(30)]
     owners = [[i, i + 10, i + 20] for i in range(10)]
     rows = captions(*[Caption(f"video {i}", f"text {i}") for i in right])
-    for dtype in (np.float16, np.float32, np.float64):
+    dtypes: tuple[type[np.floating[Any]], ...] = (np.float16, np.float32, np.float64)
+    for dtype in dtypes:
         np.save(tmp_path / "s.npy", scores.astype(dtype))
         content = evaluate_scores(rows, tmp_path / "s.npy", Options(draws=0), dual=True)
         ranks = rank_rows(scores.astype(dtype), right)
@@ -547,6 +554,39 @@ def test_a_trained_classifier_is_measured_on_other_videos(folder: Path) -> None:
 def test_the_most_frequent_answers_come_first() -> None:
     assert most_frequent_answers(questions(*[("v", "?", answer) for answer in "cabbac"])) == ("a", "b", "c")
     assert most_frequent_answers(questions(*[("v", "?", answer) for answer in "caca b"])) == ("a", "c", " ", "b")
+
+
+# ------------------------------------------------------------------------------------------------- the real files
+
+
+@pytest.mark.parametrize(
+    ("name", "n_texts", "n_clips", "n_videos"),
+    [
+        ("milnce_validation_youcook.csv", 3350, 3350, 436),
+        ("youcookii_annotations_trainval.json", 3492, 3492, 457),
+        ("MSRVTT_JSFUSION_test.csv", 1000, 1000, 1000),
+        ("msrvtt_test_videodatainfo.json.zip", 59800, 2990, 2990),
+    ],
+)
+def test_published_splits_have_the_clips_that_papers_count(
+    shared: Path, name: str, n_texts: int, n_clips: int, n_videos: int
+) -> None:
+    pairs = pair_up(read_captions(shared / "data" / "annotations" / name))
+    assert (len(pairs.texts), len(pairs.clips)) == (n_texts, n_clips)
+    assert len({clip.video for clip in pairs.clips}) == n_videos
+    if n_texts == n_clips:
+        assert np.array_equal(pairs.right, np.arange(n_texts))  # the diagonal
+    else:
+        assert set(np.bincount(pairs.right).tolist()) == {20}
+
+
+def test_a_list_drawn_from_the_real_captions_asks_about_every_video(shared: Path) -> None:
+    captions = read_captions(shared / "data" / "annotations" / "msrvtt_test_videodatainfo.json.zip")
+    choices = draw_choices(captions, 0).rows
+    own = {(caption.video, caption.text) for caption in captions.rows}
+    assert len(choices) == 2990
+    assert all([(c.video, o) in own for o in c.options].count(True) == 1 for c in choices)
+    assert np.bincount([choice.answer for choice in choices]).min() > 500  # of 598 on average
 
 
 def test_the_module_says_how_large_a_held_matrix_may_be() -> None:
