@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -46,6 +47,7 @@ BATCH_FRAMES = 128  # at most so many of a video in one step; of a longer one, o
 SHARPNESS = 2.0  # of the teacher's softmax, whose logits are so many standard deviations of the video's scores
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.05
 MAX_EPOCHS, PATIENCE = 60, 6
+SAY_SECONDS = 10.0
 MOST_FRAMES = 500_000  # held in memory, as float16: 1 GB of 1024 dimensions
 COMPARED_FRAMES = 20_000  # that say what the inputs are like
 LEAST_SPREAD = 1e-4
@@ -195,6 +197,7 @@ def distil(
     scorer.spread.copy_(inputs.std(0, correction=0).clamp_min(LEAST_SPREAD))
     optimiser = torch.optim.AdamW(scorer.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     best, best_epoch, weights = -np.inf, 0, scorer.state_dict()
+    spoke = time.monotonic()
     for epoch in range(1, MAX_EPOCHS + 1):
         for batch in torch.split(torch.randperm(len(videos), generator=order), BATCH_VIDEOS):
             loss = _loss(scorer, [videos[i].some(BATCH_FRAMES, order) for i in batch.tolist()])
@@ -202,6 +205,9 @@ def distil(
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
         reached = measure(scorer, validation).rank_correlation
+        if time.monotonic() - spoke > SAY_SECONDS:
+            say(f"epoch {epoch}: rank correlation {reached:.3f} on {number_of(len(validation), 'other video')}")
+            spoke = time.monotonic()
         if reached > best:
             best, best_epoch, weights = reached, epoch, copy.deepcopy(scorer.state_dict())
         elif epoch - best_epoch >= PATIENCE:
