@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,9 @@ from safetensors.torch import save_file
 from models.builtin import model as builtin
 from models.builtin import train as training
 from models.builtin.model import CONTEXT_LENGTH, DIM, IMAGE_SIZE, PAD, UNKNOWN, BuiltinEncoder, load_builtin
-from models.builtin.world import Painter, Scene, all_scenes, caption, partial_caption, vocabulary
+from models.builtin.world import EMPTY_KINDS, VALUES, Painter, Scene, all_scenes, caption, partial_caption, vocabulary
 from pipeline.errors import IntegrityError
-from pipeline.types import UInt8, check_unit_rows
+from pipeline.types import Float32, UInt8, check_unit_rows
 
 STAR = Scene("red", "star", "small", "left", "right")
 
@@ -30,6 +31,11 @@ def encoder() -> BuiltinEncoder:
 
 def frames(n: int, seed: int) -> UInt8:
     return np.random.default_rng(seed).integers(0, 256, (n, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+
+
+def unit_rows(rows: Float32) -> Float32:
+    unit: Float32 = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit
 
 
 def test_held_out_scenes_are_found_by_text(encoder: BuiltinEncoder) -> None:
@@ -125,23 +131,116 @@ def test_a_fifth_of_the_world_is_held_out_and_never_trained_on(monkeypatch: pyte
     for attribute in ("colour", "shape", "size", "place", "motion"):  # every value is known from other combinations
         trained = Counter(getattr(scene, attribute) for scene in scenes if not scene.held_out)
         assert set(trained) == {getattr(scene, attribute) for scene in scenes}
-    painted: list[Scene] = []
+    painted: list[training.Shown] = []
     render = training.render
 
-    def note(job: tuple[Scene, int]) -> UInt8:
+    def note(job: tuple[training.Shown, int]) -> UInt8:
         painted.append(job[0])
         return render(job)
 
     monkeypatch.setattr(training, "render", note)
-    training.train(seed=0, n_frames=48, steps=1, workers=1, log=False)
-    assert len(painted) == 48
-    assert held_out.isdisjoint(painted)
+    training.train(seed=0, n_frames=48, steps=1, workers=1, n_videos=2, log=False)
+    assert len(painted) == 48 + 6
+    assert held_out.isdisjoint(shown for shown in painted if isinstance(shown, Scene))
 
 
 def test_training_is_reproducible_by_seed() -> None:
     states = [training.train(seed, n_frames=16, steps=2, workers=1, log=False)[0].state_dict() for seed in (3, 3, 4)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[0]["frames.layers.0.weight"], states[2]["frames.layers.0.weight"])
+
+
+def test_training_on_videos_is_reproducible_and_heeds_the_frame_loss() -> None:
+    states = [
+        training.train(3, 16, 1, 1, n_videos=n_videos, frame_weight=weight, log=False)[0].state_dict()
+        for n_videos, weight in ((1, 0.5), (1, 0.5), (1, 0.0), (2, 0.5))
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    for other in states[2:]:
+        assert not torch.equal(states[0]["frames.layers.0.weight"], other["frames.layers.0.weight"])
+
+
+def test_more_videos_than_a_batch_holds_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 videos of 8 frames in a batch of 16 frames"):
+        training.train(0, n_frames=16, steps=1, workers=1, n_videos=3, log=False)
+
+
+def test_a_training_video_holds_its_scene_distractors_and_empty_frames() -> None:
+    rng = random.Random(0)
+    scenes = rng.choices(
+        [s for s in all_scenes() if s.colour in ("red", "blue") and s.shape in ("star", "ring")], k=400
+    )
+    attributes = training.codes([*scenes, *EMPTY_KINDS])
+    for row in range(100):
+        shown = training.video_rows(row, attributes, rng)
+        assert [r for r in shown if r < 400 and scenes[r] == scenes[row]] == shown[: training.VIDEO_RELEVANT]
+        assert sum(r >= 400 for r in shown) == training.VIDEO_EMPTY
+        for other in (r for r in shown[training.VIDEO_RELEVANT :] if r < 400):
+            assert 2 <= (attributes[row] == attributes[other]).sum() <= 4
+
+
+def test_video_loss_is_the_pair_loss_of_mean_scores_plus_the_weighted_frame_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randn(3, 8, 5, generator=generator, dtype=torch.float64)
+    texts = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    log_scale = torch.tensor(1.5, dtype=torch.float64)
+    h = (frames / frames.norm(dim=-1, keepdim=True)).numpy()
+    z = (texts / texts.norm(dim=-1, keepdim=True)).numpy()
+    logits = np.array([[np.mean([np.exp(1.5) * z[m] @ h[b, t] for t in range(8)]) for b in range(3)] for m in range(3)])
+    pair = frame = 0.0
+    for i in range(3):
+        pair += np.log(np.exp(logits[i]).sum()) - logits[i, i] + np.log(np.exp(logits[:, i]).sum()) - logits[i, i]
+        exps = sorted(np.exp(np.exp(1.5) * h[i] @ z[i]))
+        frame += np.mean([-np.log(p / (p + sum(exps[:6]))) for p in exps[6:]])  # the two highest against the other six
+    eye = torch.eye(3, dtype=torch.bool)
+    assert training.video_loss(frames, texts, log_scale, eye, 0.0).item() == pytest.approx(pair / 6, rel=1e-6)
+    together = training.video_loss(frames, texts, log_scale, eye, 0.7).item()
+    assert together == pytest.approx(pair / 6 + 0.7 * frame / 3, rel=1e-6)
+
+
+def test_noisy_videos_hold_no_other_video_s_scene_and_are_mostly_noise() -> None:
+    scenes, videos = training.plan_noisy_videos(random.Random(0))
+    assert len(set(scenes)) == len(videos) == training.CANDIDATES
+    for scene, video in zip(scenes, videos, strict=True):
+        assert scene.held_out
+        assert len(video) == training.NOISY_FRAMES
+        assert [shown for shown in video if shown in scenes] == [scene] * training.NOISY_RELEVANT
+        assert sum(not isinstance(shown, Scene) for shown in video) == training.NOISY_EMPTY
+
+
+def test_noisy_recall_counts_what_each_way_of_scoring_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Oracle(BuiltinEncoder):
+        """Rows of attributes: a caption's row is that of its scene, an empty frame's is at a right angle to all."""
+
+        def __init__(self) -> None:
+            self.spec = load_builtin().spec
+
+        def encode_frames(self, frames: UInt8) -> Float32:
+            rows = np.zeros((len(frames), 1 + sum(map(len, VALUES.values()))), np.float32)
+            for row, frame in zip(rows, frames, strict=True):
+                start = 1
+                for code, values in zip(frame.astype(int), VALUES.values(), strict=True):
+                    row[0 if code == 255 else start + code] = 1
+                    start += len(values)
+            return unit_rows(rows)
+
+        def encode_text(self, texts: Sequence[str]) -> Float32:
+            return self.encode_frames(training.codes([said[text] for text in texts]).astype(np.uint8))
+
+    said: dict[str, Scene] = {}
+
+    def name(scene: Scene, rng: random.Random) -> str:
+        said[str(scene)] = scene
+        return str(scene)
+
+    def paint(jobs: list[tuple[training.Shown, int]], workers: int) -> UInt8:
+        return training.codes([shown for shown, _ in jobs]).astype(np.uint8)
+
+    monkeypatch.setattr(training, "caption", name)
+    monkeypatch.setattr(training, "render_many", paint)
+    by_mean, by_softmax = training.noisy_recall(Oracle(), seed=0, draws=1)
+    assert by_softmax > 0.9  # a perfect encoder, held back by nothing but its temperature
+    assert 0.3 < by_mean < by_softmax
 
 
 def test_saved_weights_load_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
