@@ -1,7 +1,7 @@
 """How good scores are: ranks, recall, accuracy, temporal overlap, each with a bootstrap interval.
 
     docs/METHOD.md section 5               here
-    rank = 1 + greater + ties / 2          `Ranks.average`, which every figure uses
+    rank = 1 + greater + ties / 2          `Ranks.average`, the rule of every figure unless another is asked for
     R@1/5/10, median and mean rank         `RetrievalMetrics`
     multiple choice, open-ended answers    `accuracy_metrics`
     moments: IoU, R@1 at IoU 0.5 and 0.7   `temporal_iou`, `moment_metrics`
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from pipeline.types import Bool, Float64
 Scores = NDArray[np.floating]
 Right = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer]
 Interval = tuple[float, float]
+TieRule = Literal["average", "optimistic", "pessimistic"]
 Statistic = Callable[[Float64], Float64]  # (..., n) -> (...)
 
 DRAWS = 1000
@@ -206,7 +208,7 @@ def checked(block: Scores) -> Scores:
 
 
 def retrieval_metrics(
-    scores: Scores, right: Right | None = None, draws: int = DRAWS, seed: int = 0
+    scores: Scores, right: Right | None = None, draws: int = DRAWS, seed: int = 0, ties: TieRule = "average"
 ) -> RetrievalMetrics:
     """Figures of a matrix of scores.
 
@@ -215,20 +217,21 @@ def retrieval_metrics(
         right: Of each row its right column, or several (the best one counts); None: column i of row i.
         draws: Bootstrap resamples of the queries; 0 for none.
         seed: Of the resampling.
+        ties: Which of the ranks of `Ranks` to take.
 
     Raises:
         ValueError: NaN, no row, or `right` does not fit.
     """
-    return metrics_of_ranks(rank_rows(scores, right), draws, seed)
+    return metrics_of_ranks(rank_rows(scores, right), draws, seed, ties)
 
 
-def metrics_of_ranks(ranks: Ranks, draws: int = DRAWS, seed: int = 0) -> RetrievalMetrics:
+def metrics_of_ranks(ranks: Ranks, draws: int = DRAWS, seed: int = 0, ties: TieRule = "average") -> RetrievalMetrics:
     """Figures of ranks that were counted before. Raises ValueError without a query."""
-    average = ranks.average
+    chosen: Float64 = getattr(ranks, ties)
     statistics = {f"r{k}": _share_up_to(k) for k in CUTOFFS} | {"median_rank": _median, "mean_rank": _mean}
-    values, intervals = bootstrap(average, statistics, draws, seed)
+    values, intervals = bootstrap(chosen, statistics, draws, seed)
     tied = int(np.count_nonzero(ranks.ties))
-    return RetrievalMetrics(len(average), ranks.n_items, tied=tied, intervals=intervals, **values)
+    return RetrievalMetrics(len(chosen), ranks.n_items, tied=tied, intervals=intervals, **values)
 
 
 def _share_up_to(k: int) -> Statistic:

@@ -58,6 +58,13 @@ def evaluate() -> None:
 @subset_option
 @score_options
 @click.option("--dual-softmax", is_flag=True, help="Also figures with a dual softmax over all queries.")
+@click.option(
+    "--ties",
+    type=click.Choice(["average", "optimistic", "pessimistic"]),
+    default="average",
+    show_default=True,
+    help="How equal scores rank: half of them ahead, none (as some papers count), all.",
+)
 @device_option
 @report_options
 @click.pass_obj
@@ -188,7 +195,8 @@ def _options(given: dict[str, Any]) -> Any:
     if keep and selector == "all":
         raise click.UsageError("--keep goes with a selector: --selector uniform, for example.")
     select = SelectOptions(selector, keep, read_lines(topics, "topic") if topics else None, scorer)
-    return Options(given.get("score", "rescore"), select, given.get("model"), given["draws"], given["seed"])
+    ties = given.get("ties", "average")
+    return Options(given.get("score", "rescore"), select, given.get("model"), given["draws"], given["seed"], ties)
 
 
 def _material(context: Context, folder: Path, given: dict[str, Any]) -> Any:

@@ -18,7 +18,7 @@ from pipeline.commits import FEATURES
 from pipeline.config import SelectionPlan, SelectOptions, check_encoder, plan_selection, sampling_of
 from pipeline.embed import encode_texts
 from pipeline.errors import UsageError
-from pipeline.evaluate import CONFIDENCE, DRAWS, MeanMetrics
+from pipeline.evaluate import CONFIDENCE, DRAWS, MeanMetrics, TieRule
 from pipeline.evaluation.clips import VideoRows
 from pipeline.evaluation.matching import Matched, match_videos
 from pipeline.run import Selecting
@@ -36,6 +36,7 @@ class Options:
         select: Over which frames; the videos' own texts serve `caption`.
         model: A video model over this collection's features that scores pairs itself; then `score` plays no part.
         draws, seed: Of the bootstrap; the seed also draws lists and samples.
+        ties: How the ranks of `retrieval` count ties.
     """
 
     score: str = "rescore"
@@ -43,6 +44,7 @@ class Options:
     model: str | None = None
     draws: int = DRAWS
     seed: int = 0
+    ties: TieRule = "average"
 
 
 def intervals_of(options: Options, over: str) -> dict[str, Any]:

@@ -36,6 +36,11 @@ from pipeline.types import Float32
 
 HELD_BYTES = 256 * 2**20  # a larger matrix is never whole in memory: its blocks are computed twice
 NOTE_SECONDS = 30.0
+TIE_RULES = {
+    "average": "rank = 1 + greater + ties / 2",
+    "optimistic": "rank = 1 + greater, every tie won: equal scores look perfect",
+    "pessimistic": "rank = 1 + greater + ties",
+}
 
 Say = Callable[[str], None]
 
@@ -209,7 +214,7 @@ def _results(
             ("video to text", rank_rows(dual_softmax(scores.T), owners)),
         ):
             results.append(_result(direction, ranks, options, DUAL_SOFTMAX_TEMPERATURE))
-    ties = {"ties": "rank = 1 + greater + ties / 2", "chance": _chance(shape[1])}
+    ties = {"ties": TIE_RULES[options.ties], "chance": _chance(shape[1])}
     return ties | intervals_of(options, "queries") | {"results": results}
 
 
@@ -220,7 +225,7 @@ def _chance(n_items: int) -> dict[str, float]:
 
 
 def _result(direction: str, ranks: Ranks, options: Options, temperature: float | None) -> dict[str, Any]:
-    metrics = metrics_of_ranks(ranks, options.draws, options.seed)
+    metrics = metrics_of_ranks(ranks, options.draws, options.seed, options.ties)
     return {
         "direction": direction,
         "dual_softmax": temperature,

@@ -164,9 +164,10 @@ def test_the_real_captions_and_scores_go_through(shared: Path) -> None:
     data = shared / "data"
     done = fineco(
         *("evaluate", "retrieval", data / "annotations" / "MSRVTT_JSFUSION_test.csv", "--dual-softmax", "--draws", 0),
+        *("--ties", "optimistic"),  # as these figures were published
         *("--scores", data / "scores" / "msrvtt_1ka_text_video_cosine.npy", "--format", "json"),
     )
     results = json.loads(done.out)["results"]
     values = [[round(100 * r["values"][k], 6) for k in ("r1", "r5", "r10")] for r in results]
-    assert values[0] == [48.0, 73.0, 82.9] and values[2] == [52.8, 78.0, 85.8]
+    assert values[:3] == [[48.0, 73.0, 82.9], [46.0, 74.1, 82.8], [52.8, 78.0, 85.8]]
     assert [r["tied"] for r in results] == [0, 9, 0, 9]  # captions that occur more than once
