@@ -13,10 +13,13 @@ and start at no correction: an untrained head is the base encoder.
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,6 +27,9 @@ from models.bert import TowerConfig, initialise
 from models.losses import Similarity
 from models.videoclip import VideoStates, VideoTower, masked_mean
 
+KIND = "head"  # in config.json
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "head.safetensors"
 LARGEST_SCALE = 100.0  # of the logits, as in CLIP, or the base's own where that is larger
 
 
@@ -145,3 +151,18 @@ class FineCoHead(nn.Module):
         if self.config.residual:
             vectors = vectors + base.float()
         return F.normalize(vectors, dim=-1) if self._is_cosine else vectors
+
+
+def describe_head(config: HeadConfig, base_name: str, base_fingerprint: str) -> bytes:
+    """What config.json says of a head: its sizes, and the encoder whose features it takes."""
+    content = {
+        "kind": KIND,
+        "head": asdict(config),
+        "base": {"name": base_name, "fingerprint": base_fingerprint},
+    }
+    return json.dumps(content, indent=1).encode() + b"\n"
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Writes the weights of a head, or of VideoCLIP's towers, in float32."""
+    save_file({name: t.detach().float().cpu().contiguous() for name, t in model.state_dict().items()}, path)

@@ -13,18 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from models.base import Encoder, EncoderSpec, VideoEncoder
-from models.fineco import FineCoHead, HeadConfig
+from models.fineco import CONFIG_NAME, KIND, WEIGHTS_NAME, FineCoHead, HeadConfig
 from models.videoclip import KIND as VIDEOCLIP_KIND
 from pipeline.errors import IntegrityError, UsageError
 from pipeline.types import Float32, UInt8, check_shape
 
-KIND = "head"
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "head.safetensors"
 CLIPS_AT_ONCE = 64  # of a long video: ten hours at a frame a second are 1,125 clips
 
 
@@ -85,21 +82,6 @@ class FineCoEncoder:
 
     def _text(self, texts: Sequence[str]) -> Tensor:
         return self._head.encode_text(torch.from_numpy(self.base.encode_text(texts)).to(self.device))
-
-
-def describe_head(config: HeadConfig, base_name: str, base_fingerprint: str) -> bytes:
-    """What config.json says of a head: its sizes, and the encoder whose features it takes."""
-    content = {
-        "kind": KIND,
-        "head": asdict(config),
-        "base": {"name": base_name, "fingerprint": base_fingerprint},
-    }
-    return json.dumps(content, indent=1).encode() + b"\n"
-
-
-def save_weights(path: Path, head: FineCoHead) -> None:
-    """Writes a head's weights (float32)."""
-    save_file({name: t.detach().float().cpu().contiguous() for name, t in head.state_dict().items()}, path)
 
 
 def read_base_name(folder: Path) -> str:

@@ -23,7 +23,7 @@ from pipeline import store
 from pipeline.collection import Collection
 from pipeline.commits import FEATURES, Row
 from pipeline.errors import FinecoError
-from pipeline.training.command import Work, train_head
+from pipeline.training.command import Work, train_collection
 from pipeline.training.display import Display
 from pipeline.training.examples import Examples
 from pipeline.types import Float32, FrameFeatures, Outcome, TimedText, Video
@@ -100,8 +100,9 @@ def make_collection(
 
 def train_small(collection: Path, output: Path, work: Work | None = None, **given: Any) -> dict[str, Any]:
     """`fineco train` with the fake encoder and a tiny head."""
-    options = {"batch_size": 4, "validation": 0.25, "lr": 3e-3, "dropout": 0.1, **TINY, **given}
-    return train_head(collection, output, options, work or Work("cpu", quiet=True), FakeEncoder())
+    head = {} if given.get("towers") else {"dropout": 0.1, **TINY}
+    options = {"batch_size": 4, "validation": 0.25, "lr": 3e-3, **head, **given}
+    return train_collection(collection, output, options, work or Work("cpu", quiet=True), FakeEncoder())
 
 
 def metrics_of(output: Path) -> list[dict[str, Any]]:

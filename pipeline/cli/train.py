@@ -34,12 +34,13 @@ data_options = options(
         show_default=True,
         help="span: what a text speaks of. overlapped: short clips around a place in it (pre-training).",
     ),
-    click.option("--max-tokens", type=click.IntRange(min=1), help="Longest clip.  [default: 256, overlapped 32]"),
+    click.option("--max-tokens", type=click.IntRange(min=1), help="Of a clip.  [default: 256; overlapped, towers: 32]"),
     click.option(
         "--hard-negatives", is_flag=True, help="Make batches of videos that look alike, found anew in every epoch."
     ),
 )
 head_options = options(
+    click.option("--towers", metavar="videoclip:FOLDER", help="Fine-tune VideoCLIP's own towers instead of a head."),
     click.option("--width", type=click.IntRange(min=1), default=256, show_default=True, help="Of the transformer."),
     click.option("--layers", type=click.IntRange(min=1), default=2, show_default=True, help="Of the transformer."),
     click.option("--heads", type=click.IntRange(min=1), default=4, show_default=True, help="Of the transformer."),
@@ -109,11 +110,11 @@ schedule_options = options(
     click.option(
         "--batch-size", type=click.IntRange(min=2), default=128, show_default=True, help="Clips, over all processes."
     ),
-    click.option("--lr", type=POSITIVE, default=3e-4, show_default=True, help="Highest learning rate."),
+    click.option("--lr", type=POSITIVE, help="Highest learning rate.  [default: 3e-4, towers 5e-5]"),
     click.option(
         "--warmup", type=SHARE, default=0.1, show_default=True, help="Share of the training in which it grows."
     ),
-    click.option("--weight-decay", type=Finite(min=0), default=0.01, show_default=True, help="Of matrices."),
+    click.option("--weight-decay", type=Finite(min=0), help="Of matrices.  [default: 0.01, towers 0]"),
     click.option("--clip-norm", type=POSITIVE, default=2.0, show_default=True, help="Longest gradient."),
     click.option(
         "--patience",
@@ -140,7 +141,7 @@ work_options = options(
 
 @cli.command()
 @collection_option
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the trained head.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of what is trained.")
 @data_options
 @head_options
 @objective_options
@@ -165,12 +166,13 @@ def train(
     \b
     On several GPUs:  torchrun --nproc-per-node N -m pipeline.cli train ...
     """
-    from pipeline.training.command import Work, train_head
+    from models.registry import absolute
+    from pipeline.training.command import Work, train_collection
 
     given = {
-        name: os.path.abspath(value) if isinstance(value, Path) else value
+        name: os.path.abspath(value) if isinstance(value, Path) else absolute(value) if name == "towers" else value
         for name, value in all_options.items()
         if click_context.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
     context = click_context.find_object(Context) or Context()
-    train_head(folder, output, given, Work(device, save_steps, tensorboard, context.quiet, context.say))
+    train_collection(folder, output, given, Work(device, save_steps, tensorboard, context.quiet, context.say))

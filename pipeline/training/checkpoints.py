@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import IntegrityError
+from pipeline.errors import IntegrityError, UsageError
 from pipeline.files import write_bytes, write_file
 
 WORK = "training"
@@ -35,6 +35,9 @@ class Journal:
         save_steps: Save the state after so many steps; None: every minute.
         tensorboard: Also write the metrics for TensorBoard, in `tensorboard/`.
         writes: False in all processes of a training but one.
+
+    Raises:
+        UsageError: TensorBoard is not installed.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class Journal:
         self._saved_at = time.monotonic()
         self._save_cost = 0.0
         self._metrics = folder / METRICS
-        self._tensorboard = tensorboard
+        self._writer_of_events = _summary_writer() if tensorboard and writes else None
         self._events: Any = None
 
     def load(self) -> dict[str, Any] | None:
@@ -68,10 +71,8 @@ class Journal:
         if not self._writes:
             return state
         self._drop_metrics_after(int(state["step"]) if state else 0)
-        if self._tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(
+        if self._writer_of_events is not None:
+            self._events = self._writer_of_events(
                 str(self.folder / "tensorboard"), purge_step=int(state["step"]) + 1 if state else None
             )
         return state
@@ -115,6 +116,16 @@ class Journal:
         kept = [line for line in lines if _step_of(line) <= step]
         if kept != lines:
             write_bytes(self._metrics, b"".join(kept))
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError(
+            "--tensorboard: the package TensorBoard is not installed", "Run: pip install tensorboard"
+        ) from error
+    return SummaryWriter
 
 
 def _step_of(line: bytes) -> float:

@@ -13,33 +13,32 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.base import Encoder, VideoEncoder
+from models.base import Encoder
 from models.device import choose_device, choose_precision, device_summary
-from models.fineco import FineCoHead, HeadConfig
-from models.fineco_encoder import CONFIG_NAME, WEIGHTS_NAME, describe_head, save_weights
-from models.registry import load_encoder
 from pipeline.collection import Collection, Snapshot, this_command
-from pipeline.config import check_encoder, read_lines
+from pipeline.config import read_lines
 from pipeline.errors import IntegrityError, Interrupted, UsageError
-from pipeline.files import write_bytes, write_file
-from pipeline.lock import Lock
+from pipeline.files import write_bytes
+from pipeline.lock import LOCK_FILE, Lock
 from pipeline.output import number_of
 from pipeline.run import Interrupts
 from pipeline.training.bank import FeatureBank
-from pipeline.training.captions import SpokenOf, read_texts, text_vectors, video_numbers
-from pipeline.training.checkpoints import METRICS, WORK, Journal
+from pipeline.training.captions import SpokenOf, read_texts, video_numbers
+from pipeline.training.checkpoints import Journal
 from pipeline.training.display import Display
 from pipeline.training.distributed import Group, join, leave
-from pipeline.training.examples import Examples, Split, TextVectors, split, split_by_videos
+from pipeline.training.examples import Examples, Split, split, split_by_videos
 from pipeline.training.loop import METRIC, Trained, train
 from pipeline.training.options import ObjectiveOptions, TrainOptions
+from pipeline.training.subjects import HEAD_OPTIONS, Head, Subject, Towers, recorded_encoder
 
 RECORD = "training.json"
-OVERLAPPED_TOKENS = 32  # longest clip of `overlapped`, as VideoCLIP's
+CLIP_TOKENS = 32  # longest clip of `overlapped` and of the towers, as VideoCLIP's (docs/METHOD.md section 3)
 SPAN_TOKENS = 256
+TOWERS_LR = 5e-5  # VideoCLIP's, for towers that are trained already
 
 DEFAULTS: dict[str, Any] = {
-    **{f.name: f.default for f in fields(TrainOptions) if f.name not in ("objective", "max_tokens")},
+    **{f.name: f.default for f in fields(TrainOptions) if f.name != "objective"},
     **{f.name: f.default for f in fields(ObjectiveOptions)},
     "precision": "auto",
     "texts": None,
@@ -47,6 +46,9 @@ DEFAULTS: dict[str, Any] = {
     "validation": 0.1,
     "validation_videos": None,
     "max_tokens": None,
+    "lr": None,
+    "weight_decay": None,
+    "towers": None,
     "width": 256,
     "layers": 2,
     "heads": 4,
@@ -69,7 +71,7 @@ class Work:
     say: Callable[[str], None] = lambda line: None
 
 
-def train_head(
+def train_collection(
     folder: Path, output: Path, given: Mapping[str, Any], work: Work, encoder: Encoder | None = None
 ) -> dict[str, Any]:
     """Trains a head over the features of a collection, or goes on with a training that was stopped.
@@ -129,45 +131,36 @@ def _train(
         options["clips"] == "overlapped",
         say,
     )
-    recorded = collection.encoder or {}
-
-    def load() -> Encoder:
-        loaded = encoder or load_encoder(collection.config["model"], device, recorded["precision"])
-        check_encoder(collection, loaded.spec, loaded.precision)
-        if isinstance(loaded, VideoEncoder):
-            raise UsageError(
-                f"{folder} has features of {loaded.spec.name}, which is a trained head itself",
-                f"Train over a collection of its base, {loaded.base.spec.name}.",
-            )
-        say(f"Encoding {number_of(len(spoken_of.texts), 'text')} with {loaded.spec.name} on {loaded.device}")
-        return loaded
-
     which = _split(spoken_of, snapshot, bank, options)
     data = {
         "texts": len(which.training),
         "videos": len(np.unique(spoken_of.videos[which.training])),
         "validation texts": len(which.validation),
         "digest": spoken_of.digest(bank.video_ids, bank.lengths),
-        "encoder": recorded["fingerprint"],
+        "encoder": recorded_encoder(collection)["fingerprint"],
     }
     _check_same_data(record.get("data"), data, output)
-    config = _head_config(options, bank.dim, float(recorded["spec"]["temperature"]))
+    subject: Subject
+    if options["towers"]:
+        subject = Towers(options["towers"], collection, device)
+    else:
+        subject = Head(options, collection, bank.dim, device, say, encoder)
     if group.leads:
         record = {"options": options, "data": data, "collection": str(folder.absolute()), "result": None}
         _write_record(output, record)  # first: it makes the folder a training's
-        write_bytes(output / CONFIG_NAME, describe_head(config, recorded["name"], recorded["fingerprint"]))
-    vectors = _vectors(spoken_of, output, recorded["fingerprint"], load, interrupts, group)
-    examples = Examples(bank, spoken_of.videos, spoken_of.spans, TextVectors(vectors))
+        subject.begin(output)
+    texts = subject.texts(spoken_of, output, interrupts.check, group)
+    examples = Examples(bank, spoken_of.videos, spoken_of.spans, texts)
     say(
         f"Training on {number_of(data['texts'], 'text')} of {number_of(data['videos'], 'video')}, validating with "
         f"{number_of(data['validation texts'], 'text')}; {device_summary(device, train_options.precision)}"
     )
     torch.manual_seed(train_options.seed)
-    head = FineCoHead(config)
-    trained = _loop(head, examples, train_options, which, output, work, group, device, interrupts)
+    model = subject.build()
+    trained = _loop(model, subject, examples, train_options, which, output, work, group, device, interrupts)
     result = {"epochs": trained.epochs, "steps": trained.steps, "best epoch": trained.best_epoch, **trained.metrics}
     if group.leads:
-        write_file(output / WEIGHTS_NAME, lambda path: save_weights(path, head))
+        subject.save(output, model)
         _write_record(output, record | {"result": result})
     say(f"Trained: {summary(result)}")
     return result
@@ -175,6 +168,7 @@ def _train(
 
 def _loop(
     model: nn.Module,
+    subject: Subject,
     examples: Examples,
     options: TrainOptions,
     which: Split,
@@ -198,7 +192,7 @@ def _loop(
                 group,
                 display,
                 interrupts.stop.is_set,
-                lambda best: None if not isinstance(best, FineCoHead) else _write_weights(output, best),
+                lambda best: subject.save(output, best),
             )
         finally:
             journal.close()
@@ -206,25 +200,6 @@ def _loop(
         interrupts.check()
         raise Interrupted(15, this_command())  # another process of the group was told to stop
     return trained
-
-
-def _write_weights(output: Path, head: FineCoHead) -> None:
-    write_file(output / WEIGHTS_NAME, lambda path: save_weights(path, head))
-
-
-def _vectors(
-    spoken_of: SpokenOf,
-    output: Path,
-    fingerprint: str,
-    load: Callable[[], Encoder],
-    interrupts: Interrupts,
-    group: Group,
-) -> np.ndarray[Any, np.dtype[np.float16]]:
-    """The texts' vectors; one process makes them, the others wait."""
-    if group.leads:
-        text_vectors(spoken_of, output / WORK, fingerprint, load, interrupts.check)
-    group.say_to_all(None)
-    return text_vectors(spoken_of, output / WORK, fingerprint, load, interrupts.check)
 
 
 def merge(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,7 +214,10 @@ def merge(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
                 f"{field.replace('_', ' ')}: this training has {recorded[field]}, the command says {value}",
                 "Use another folder (-o), or leave the option out to go on with what this one has.",
             )
-    return {**DEFAULTS, **recorded, **given}
+    merged = {**DEFAULTS, **recorded, **given}
+    if merged["towers"] and (useless := [name for name in HEAD_OPTIONS if name in given]):
+        raise UsageError(f"--{useless[0]} is of a head, and --towers trains none", "Leave one of the two out.")
+    return merged
 
 
 def summary(result: Mapping[str, Any]) -> str:
@@ -252,35 +230,21 @@ def summary(result: Mapping[str, Any]) -> str:
 
 
 def _train_options(options: Mapping[str, Any], device: str) -> TrainOptions:
-    names = {f.name for f in fields(TrainOptions)} - {"objective", "max_tokens", "precision"}
     precision = options["precision"]
     if precision == "auto" and device == "cpu":
         precision = "fp32"  # the casts eat the gain on matrices of this size
-    return TrainOptions(
-        **{name: options[name] for name in names},
-        max_tokens=options["max_tokens"] or (OVERLAPPED_TOKENS if options["clips"] == "overlapped" else SPAN_TOKENS),
-        precision="bf16" if choose_precision(precision, device) == "bf16" else "fp32",
-        objective=ObjectiveOptions(**{f.name: options[f.name] for f in fields(ObjectiveOptions)}),
-    )
-
-
-def _head_config(options: Mapping[str, Any], base_dim: int, temperature: float) -> HeadConfig:
-    try:
-        return HeadConfig(
-            input_dim=base_dim,
-            text_dim=base_dim,
-            dim=options["dim"] or base_dim,
-            width=options["width"],
-            layers=options["layers"],
-            heads=options["heads"],
-            intermediate=4 * options["width"],
-            dropout=options["dropout"],
-            residual=options["residual"],
-            similarity=options["similarity"],
-            temperature=temperature,
-        )
-    except ValueError as error:
-        raise UsageError(str(error), "Choose other sizes for the head.") from error
+    defaults = TrainOptions()
+    short = options["clips"] == "overlapped" or options["towers"]
+    follow_from_others = {
+        "max_tokens": CLIP_TOKENS if short else SPAN_TOKENS,
+        "lr": TOWERS_LR if options["towers"] else defaults.lr,
+        "weight_decay": 0.0 if options["towers"] else defaults.weight_decay,
+    }
+    values = {f.name: options[f.name] for f in fields(TrainOptions) if f.name != "objective"}
+    values |= {name: value for name, value in follow_from_others.items() if values[name] is None}
+    values["precision"] = choose_precision(precision, device)
+    objective = ObjectiveOptions(**{f.name: options[f.name] for f in fields(ObjectiveOptions)})
+    return TrainOptions(**values, objective=objective)
 
 
 def _split(spoken_of: SpokenOf, snapshot: Snapshot, bank: FeatureBank, options: Mapping[str, Any]) -> Split:
@@ -308,11 +272,10 @@ def _check_same_data(recorded: Mapping[str, Any] | None, data: Mapping[str, Any]
 
 
 def _check_output(output: Path) -> None:
-    ours = {RECORD, CONFIG_NAME, WEIGHTS_NAME, METRICS, WORK, ".lock", "tensorboard"}
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file", "Choose a new or empty folder (-o).")
     there = {path.name.removesuffix(".tmp") for path in output.iterdir()} if output.exists() else set()
-    if there - ours or (there - {".lock"} and RECORD not in there):
+    if there - {LOCK_FILE} and RECORD not in there:
         raise UsageError(f"{output} exists and is not a training", "Choose a new or empty folder (-o).")
 
 

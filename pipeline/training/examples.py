@@ -42,20 +42,6 @@ class TextVectors:
         return (torch.from_numpy(self._vectors[rows].astype(np.float32)),)
 
 
-class TextTokens:
-    """Texts as token ids (M, L) with a mask, for a model with a text tower of its own."""
-
-    def __init__(self, ids: NDArray[np.int64], mask: NDArray[np.bool_]) -> None:
-        check_shape("token ids", ids, (len(mask), None), np.int64)
-        self._ids, self._mask = ids, mask
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def inputs(self, rows: Rows) -> tuple[Tensor, ...]:
-        return torch.from_numpy(self._ids[rows]), torch.from_numpy(self._mask[rows])
-
-
 @dataclass(frozen=True, slots=True)
 class Examples:
     """Texts and what they belong to.

@@ -23,7 +23,6 @@ from pipeline.training.batches import Batch
 from pipeline.training.distributed import Group
 from pipeline.training.options import ObjectiveOptions
 
-
 Model = TypeVar("Model", bound=nn.Module)
 
 

@@ -11,8 +11,8 @@ import torch
 
 from fakes import FakeEncoder
 from models.base import VideoEncoder
-from models.fineco import FineCoHead
-from models.fineco_encoder import CLIPS_AT_ONCE, describe_head, load_fineco, read_base_name, save_weights
+from models.fineco import FineCoHead, describe_head, save_weights
+from models.fineco_encoder import CLIPS_AT_ONCE, load_fineco, read_base_name
 from pipeline.errors import IntegrityError, UsageError
 from pipeline.types import check_unit_rows
 from small_trainings import random_rows, shake, small_head
