@@ -248,8 +248,15 @@ def test_the_best_epoch_is_what_remains(monkeypatch: pytest.MonkeyPatch) -> None
 # ----------------------------------------------------------------------------------------------------- collections
 
 
+def texts_of(number: int) -> tuple[TimedText, ...]:
+    """Of every fifth video none, of every third two, the second of them about a part."""
+    if number % 5 == 0:
+        return ()
+    return TimedText(f"word{number}"), *([TimedText("word999", 3.0, 5.0)] if number % 3 == 0 else [])
+
+
 def make_collection(folder: Path, n: int, texts: bool = True, encoder: FakeEncoder | None = None) -> Collection:
-    """Stored features of planted videos in commits of 25; every fifth video has no text, if any has."""
+    """Stored features of planted videos, in commits of 25."""
     spec = (encoder or FakeEncoder(dim=DIM)).spec
     collection = Collection.create(folder, {"model": "fake"})
     collection.update(
@@ -259,10 +266,9 @@ def make_collection(folder: Path, n: int, texts: bool = True, encoder: FakeEncod
         for start in range(0, n, 25):
             rows, stored = [], []
             for number in range(start, min(start + 25, n)):
-                features, word, _ = planted(number)
+                features, _, _ = planted(number)
                 outcome = Outcome(f"id{number}", f"/videos/{number}.mp4", "ok", "embed")
-                own = (TimedText(word),) if texts and number % 5 else ()
-                rows.append(Row(outcome, f"{number:032x}", 1, 1, 1, 24.0, own))
+                rows.append(Row(outcome, f"{number:032x}", 1, 1, 1, 24.0, texts_of(number) if texts else ()))
                 times = np.arange(len(features), dtype=np.float64)
                 video = store.StoredVideo(outcome.video_id, f"{number:032x}", 24.0)
                 stored.append((video, FrameFeatures(outcome.video_id, store.round_features(features), times, 1.0)))
@@ -279,9 +285,11 @@ def test_the_lessons_are_what_caption_says_of_each_video_with_text(tmp_path: Pat
     lessons = read(make_collection(tmp_path / "c", 60))
     assert {one.video_id for one in lessons} == {f"id{n}" for n in range(60) if n % 5}
     for one in lessons:
-        rows, word, topic = planted(int(one.video_id[2:]))
-        features = FrameFeatures("v", store.round_features(rows), np.arange(len(rows), dtype=np.float64), 1.0)
-        expected = caption(features, KEEP, [TimedText(word)], topic[None])
+        number = int(one.video_id[2:])
+        rows, texts = store.round_features(planted(number)[0]), texts_of(number)
+        features = FrameFeatures("v", rows, np.arange(len(rows), dtype=np.float64), 1.0)
+        vectors = FakeEncoder(dim=DIM).encode_text([text.text for text in texts])
+        expected = caption(features, KEEP, texts, vectors)
         np.testing.assert_array_equal(one.scores, expected.scores)
         np.testing.assert_array_equal(one.kept, expected.kept)
 
