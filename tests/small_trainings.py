@@ -101,7 +101,7 @@ def make_collection(
 def train_small(collection: Path, output: Path, work: Work | None = None, **given: Any) -> dict[str, Any]:
     """`fineco train` with the fake encoder and a tiny head."""
     head = {} if given.get("towers") else {"dropout": 0.1, **TINY}
-    options = {"batch_size": 4, "validation": 0.25, "lr": 3e-3, **head, **given}
+    options = {"batch_size": 4, "validation": 0.25, "lr": 3e-3, "precision": "fp32", **head, **given}
     return train_collection(collection, output, options, work or Work("cpu", quiet=True), FakeEncoder())
 
 

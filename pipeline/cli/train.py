@@ -128,7 +128,7 @@ schedule_options = options(
         type=click.Choice(["auto", "fp32", "bf16"]),
         default="auto",
         show_default=True,
-        help="Of the towers; auto: bf16 on a GPU that has it.",
+        help="Of the arithmetic; auto: bf16 where it is faster.",
     ),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of everything random."),
 )

@@ -230,9 +230,6 @@ def summary(result: Mapping[str, Any]) -> str:
 
 
 def _train_options(options: Mapping[str, Any], device: str) -> TrainOptions:
-    precision = options["precision"]
-    if precision == "auto" and device == "cpu":
-        precision = "fp32"  # the casts eat the gain on matrices of this size
     defaults = TrainOptions()
     short = options["clips"] == "overlapped" or options["towers"]
     follow_from_others = {
@@ -242,7 +239,7 @@ def _train_options(options: Mapping[str, Any], device: str) -> TrainOptions:
     }
     values = {f.name: options[f.name] for f in fields(TrainOptions) if f.name != "objective"}
     values |= {name: value for name, value in follow_from_others.items() if values[name] is None}
-    values["precision"] = choose_precision(precision, device)
+    values["precision"] = choose_precision(options["precision"], device)
     objective = ObjectiveOptions(**{f.name: options[f.name] for f in fields(ObjectiveOptions)})
     return TrainOptions(**values, objective=objective)
 

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from pipeline.evaluate import rank_rows
 from pipeline.training.batches import collate, middle_part
 from pipeline.training.examples import Examples, Rows
 from pipeline.training.objective import Trainable
@@ -58,11 +59,9 @@ def pair_scores(
 def retrieval(scores: Float32, right: NDArray[np.int64]) -> dict[str, float]:
     """R@1, R@5, R@10 in percent, their mean, and the median rank.
 
-    A tie is half lost: rank = 1 + (clips that score higher) + half of those that score the same, so that a model which
-    scores all alike is at chance (docs/METHOD.md section 5).
+    Ties are half lost, so a model that scores all alike is at chance (docs/METHOD.md section 5).
     """
-    own = scores[np.arange(len(scores)), right][:, None]
-    ranks = 1 + (scores > own).sum(axis=1) + ((scores == own).sum(axis=1) - 1) / 2
+    ranks = rank_rows(scores, right).average
     recalls = {f"R@{k}": float(100 * np.mean(ranks <= k)) for k in RECALL_AT}
     return {**recalls, "mean recall": sum(recalls.values()) / len(recalls), "median rank": float(np.median(ranks))}
 
