@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import scorer as scorer_module
+from models.builtin.model import load_builtin
 from models.scorer import (
     N_STATISTICS,
     NEAR,
@@ -27,7 +28,7 @@ from models.scorer import (
     score_frames_without_text,
     video_context,
 )
-from models.scorer_file import ScorerFacts, default_scorer, read_facts
+from models.scorer_file import BUILTIN, ScorerFacts, default_scorer, read_facts
 from pipeline.errors import UsageError
 from pipeline.types import Float32
 
@@ -276,4 +277,13 @@ def test_a_model_brings_its_own_scorer(tmp_path: Path) -> None:
     assert default_scorer(model) == head.parent / "scorer.safetensors"
     (head / "scorer.safetensors").touch()
     assert default_scorer(model) == head / "scorer.safetensors"
+    assert default_scorer("builtin") == BUILTIN
     assert default_scorer("open_clip:PE-Core-B-16") is None
+
+
+def test_the_shipped_scorer_belongs_to_the_shipped_encoder() -> None:
+    facts, spec = read_facts(BUILTIN), load_builtin().spec
+    facts.check_encoder(BUILTIN, spec.name, spec.fingerprint)
+    assert load_scorer(BUILTIN).dim == spec.dim
+    assert BUILTIN.stat().st_size < 300_000
+    assert facts.distilled_from["held_out"]["kept_by_scorer"] > facts.distilled_from["held_out"]["kept_by_uniform"]

@@ -20,8 +20,9 @@ import pipeline.cli.scorer  # registers the command
 from command_line import fineco
 from fakes import FakeEncoder
 from models.builtin.world import Scene
+from models.registry import load_encoder
 from models.scorer import FrameScorer, load_scorer, score_frames_without_text
-from models.scorer_file import read_facts
+from models.scorer_file import BUILTIN, read_facts
 from pipeline import store
 from pipeline.collection import Collection, Snapshot
 from pipeline.commands import Machine
@@ -416,3 +417,12 @@ def test_empty_frames_among_those_kept_are_counted() -> None:
     found = empty_among_kept(scorer, stories, lessons)
     assert found[0] == pytest.approx(np.mean(shares))
     assert 0 < found[1] < 1
+
+
+def test_the_shipped_scorer_avoids_empty_frames_of_scenes_that_nobody_was_trained_on() -> None:
+    stories = plan(8, "a test's own", held_out=True, alike=0.5)
+    lessons, scorer = lessons_of(stories, load_encoder("builtin", "cpu", "fp32"), workers=1), load_scorer(BUILTIN)
+    by_scorer, by_uniform = empty_among_kept(scorer, stories, lessons)
+    assert by_scorer < 0.15 < by_uniform
+    found = measure(scorer, lessons)
+    assert found.kept_by_scorer > found.kept_by_uniform + 0.1
