@@ -306,7 +306,7 @@ def train_scorer(
             f"{folder}: too few videos whose texts speak of their frames ({found})",
             "A scorer needs some dozens of them at the least, and is better for thousands.",
         )
-    machine.say(f"{number_of(len(parts['training']), 'video')} of {number_of(len(lessons), 'video')} teach")
+    machine.say(f"{len(parts['training'])} of {number_of(len(lessons), 'video')} teach")
     scorer = distil(parts["training"], parts["validation"], seed, machine.say)
     facts = facts_of(scorer, encoder, parts, collection.folder.absolute().name, seed)
     write_file(output, lambda path: save_scorer(path, scorer, facts))
