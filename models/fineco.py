@@ -4,7 +4,7 @@
     h_1..h_T   tokens of the video         `tokens` (B, T, d) of `encode_video`
     z_v        video embedding             `pooled` (B, d)
     z_t        text embedding              `encode_text` (B, d)
-    t          temperature                 1 / `logit_scale()`
+    t          temperature                 1 / `logit_scale()` in the losses, `rescoring_temperature` in a search
 
 The tower is VideoCLIP's (token MLP, BERT layers over `[CLS] v_1..v_32 [SEP]`, longer videos as consecutive clips); the
 texts are vectors of the base encoder, through a small perceptron. With `residual` both only correct the base's vectors,
@@ -82,6 +82,8 @@ class HeadConfig:
 class FineCoHead(nn.Module):
     """Video and text vectors of a common space, out of a base encoder's vectors; see the module's table."""
 
+    rescoring_temperature: Tensor
+
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
@@ -109,6 +111,8 @@ class FineCoHead(nn.Module):
         if config.residual:
             for layer in (self.video_out, self.text_out):
                 nn.init.zeros_(layer.weight)
+        # what a search weighs frames at; measured when the training ends (pipeline.training.calibration)
+        self.register_buffer("rescoring_temperature", torch.tensor(config.temperature))
         self._largest = math.log(max(LARGEST_SCALE, 1 / config.temperature))
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature))) if self._is_cosine else None
 

@@ -139,8 +139,8 @@ def _spec(folder: Path, head: FineCoHead, base: EncoderSpec, weights: Path) -> E
     digest = hashlib.sha256(weights.read_bytes())
     for what in (base.fingerprint, json.dumps(asdict(head.config), sort_keys=True)):
         digest.update(what.encode())
-    # rounded, because the fingerprint must not hang on the last bit of a machine's exp()
-    temperature = float(f"{1 / float(head.logit_scale().detach()):.6g}")
+    # rounded, because the fingerprint must not hang on the last bit of a machine's arithmetic
+    temperature = float(f"{float(head.rescoring_temperature):.6g}")
     return replace(
         base,
         name=f"fineco:{os.path.abspath(folder)}",

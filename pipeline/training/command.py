@@ -15,6 +15,7 @@ from torch import nn
 
 from models.base import Encoder
 from models.device import choose_device, choose_precision, device_summary
+from models.fineco import FineCoHead
 from pipeline.collection import Collection, Snapshot, this_command
 from pipeline.config import read_lines
 from pipeline.errors import IntegrityError, Interrupted, UsageError
@@ -23,6 +24,7 @@ from pipeline.lock import LOCK_FILE, Lock
 from pipeline.output import number_of
 from pipeline.run import Interrupts
 from pipeline.training.bank import FeatureBank
+from pipeline.training.calibration import rescoring_temperature
 from pipeline.training.captions import SpokenOf, read_texts, video_numbers
 from pipeline.training.checkpoints import Journal
 from pipeline.training.display import Display
@@ -160,6 +162,11 @@ def _train(
     trained = _loop(model, subject, examples, train_options, which, output, work, group, device, interrupts)
     result = {"epochs": trained.epochs, "steps": trained.steps, "best epoch": trained.best_epoch, **trained.metrics}
     if group.leads:
+        if isinstance(model, FineCoHead):
+            rows = which.validation if len(which.validation) else which.training
+            start, most = float(model.rescoring_temperature), train_options.max_tokens
+            model.rescoring_temperature.fill_(rescoring_temperature(model, examples, rows, start, most, device))
+            result["re-scoring temperature"] = float(f"{float(model.rescoring_temperature):.6g}")
         subject.save(output, model)
         _write_record(output, record | {"result": result})
     say(f"Trained: {summary(result)}")

@@ -7,13 +7,13 @@ clip has all others of the batch as negatives, and gradients are averaged.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import UsageError
 
@@ -44,19 +44,17 @@ class Group:
         gathered: Tensor = _Gather.apply(rows, self)
         return gathered
 
-    def average(self, parameters: Iterable[torch.nn.Parameter], numbers: list[Tensor]) -> list[Tensor]:
-        """Averages the gradients over the processes, and returns the averages of some scalars, which ride along."""
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module to train: among several processes in torch's DDP, whose backward pass averages the gradients."""
+        return module if self.size == 1 else DistributedDataParallel(module)
+
+    def average(self, numbers: list[Tensor]) -> list[Tensor]:
+        """Averages of scalars over the processes."""
         if self.size == 1:
             return numbers
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients] + [n.detach().reshape(1).to(gradients[0]) for n in numbers])
-        dist.all_reduce(flat)
-        flat /= self.size
-        at = 0
-        for gradient in gradients:
-            gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
-            at += gradient.numel()
-        return list(flat[at:])
+        together = torch.stack([number.detach() for number in numbers])
+        dist.all_reduce(together)
+        return list(together / self.size)
 
     def say_to_all(self, value: Any) -> Any:
         """What process 0 has, given to every process."""
@@ -69,7 +67,7 @@ class Group:
 
 class _Gather(torch.autograd.Function):
     """All processes' rows. Every process then computes the same loss of them, so that the gradient of the sum of these
-    equal losses, which the average over the processes divides by their number, is `size` times its own."""
+    equal losses, which DDP's average divides by their number, is `size` times its own."""
 
     @staticmethod
     def forward(context: Any, rows: Tensor, group: Group) -> Tensor:

@@ -19,7 +19,7 @@ from pipeline.training.checkpoints import Journal
 from pipeline.training.distributed import Group
 from pipeline.training.examples import Examples, Rows, Split
 from pipeline.training.neighbours import nearest_videos
-from pipeline.training.objective import Objective, Trainable, follow, moving_average
+from pipeline.training.objective import Losses, Objective, Trainable, follow, moving_average
 from pipeline.training.options import TrainOptions
 from pipeline.training.validation import validate
 
@@ -98,6 +98,18 @@ def train(
         return run.go(watcher, stop, best_weights)
 
 
+class _Step(nn.Module):
+    """A batch to its losses, as the module whose gradients DDP averages."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = objective
+
+    def forward(self, batch: Batch, progress: float) -> Losses:
+        return self._objective(cast(Trainable, self.model), batch, progress)
+
+
 class _Run:
     """One training: the model with everything that changes beside it."""
 
@@ -123,7 +135,8 @@ class _Run:
                 "A text is contrasted with the other videos of its batch: at least two are needed for each process.",
             )
         self._average = moving_average(model) if options.objective.frame_ema else None
-        self._objective = Objective(options.objective, self._average, group, options.precision)
+        objective = Objective(options.objective, self._average, group, options.precision)
+        self._losses = group.wrap(_Step(self._model, objective))
         self._optimiser = torch.optim.AdamW(_parameter_groups(model, options.weight_decay), lr=0.0, betas=BETAS)
         self._epoch = self._place = self._step = self._stale = 0  # place: batches done of the epoch
         self._best: dict[str, Any] = {}
@@ -200,10 +213,10 @@ class _Run:
         torch.manual_seed(_dropout_seed(options.seed, self._step, self._group.rank))
         self._model.train()
         self._optimiser.zero_grad()
-        losses = self._objective(self._trainable, batch, progress)
+        losses: Losses = self._losses(batch, progress)
         losses.total.backward()  # type: ignore[no-untyped-call]
         wish = torch.tensor(float(stop), device=self._device)
-        numbers = self._group.average(self._model.parameters(), [losses.pair, losses.frame, losses.total, wish])
+        numbers = self._group.average([losses.pair, losses.frame, losses.total, wish])
         norm = nn.utils.clip_grad_norm_(self._model.parameters(), options.clip_norm)
         self._optimiser.step()
         if self._average is not None:
