@@ -20,6 +20,7 @@ from pipeline.config import (
     SelectOptions,
     check_base,
     check_encoder,
+    check_scorer,
     merge_config,
     plan_selection,
     sampling_of,
@@ -163,8 +164,11 @@ def _stream(
     if base is not None:
         share_sampling(config, base.collection)
     config.setdefault("exact_resize", False)
-    plan = None if select is None else plan_selection(collection, select, change=False)
+    plan = None if select is None else plan_selection(collection, select, False, config["model"])
     get_encoder = _EncoderOnDemand(config, collection, machine, encoder)
+    if plan is not None and plan.scorer is not None and (collection is None or collection.encoder is None):
+        spec = get_encoder().spec
+        check_scorer(plan, spec.name, spec.fingerprint)
     if collection is None:
         Collection.check_new(folder)
         loaded = get_encoder()  # a model that cannot be had must not leave a folder behind

@@ -22,6 +22,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,7 +138,7 @@ def select_frames(
         if predicted is None:
             raise ValueError("the selector 'scorer' needs predicted scores")
         check_shape("predicted", predicted, (len(h),), np.float32)
-        return Selection(predicted, highest(predicted, keep), "scorer")
+        return Selection(predicted, best_of_parts(predicted, keep), "scorer")
     if selector == "uniform":
         return uniform(len(h), keep)
     if selector == "all":
@@ -219,6 +220,19 @@ def highest(s: Float32, keep: Keep) -> Bool:
     """Which frames have the K highest scores (T,)."""
     kept = np.zeros(len(s), np.bool_)
     kept[best_first(s)[: n_kept(keep, len(s))]] = True
+    return kept
+
+
+def best_of_parts(s: Float32, keep: Keep) -> Bool:
+    """Which frames have the highest score (T,) of their part, of K equal parts of the video.
+
+    For scores that know no text: the K highest of all are often K frames of one scene, and the query may be about
+    another (measured in docs/METHOD.md section 6).
+    """
+    n = n_kept(keep, len(s))
+    edges = np.arange(n + 1) * len(s) // n
+    kept = np.zeros(len(s), np.bool_)
+    kept[[start + int(np.argmax(s[start:end])) for start, end in pairwise(edges.tolist())]] = True
     return kept
 
 

@@ -3,8 +3,7 @@
 Rendered videos show the scene that their caption speaks of, other scenes, and frames without a scene. No frame says
 which scene the caption names. What can be learnt is that it names none of the empty frames, and that the scene a video
 comes back to, or that its others resemble, is the likelier one. Where neither helps, as in `fineco demo`, whose videos
-show every scene once and no empty frame, few kept frames are worse than as many evenly spaced ones: the highest scores
-are often those of one scene.
+show every scene once and no empty frame, it has nothing to go by and does worse than evenly spaced frames.
 """
 
 from __future__ import annotations
@@ -124,7 +123,7 @@ def lessons_of(stories: Sequence[Story], encoder: Encoder, workers: int) -> list
 
 
 def empty_among_kept(scorer: FrameScorer, stories: Sequence[Story], lessons: Sequence[Lesson]) -> tuple[float, float]:
-    """Shares of empty frames among those that the scorer keeps, and among those that uniform keeps."""
+    """Shares of empty frames among the K that the scorer scores highest, and among those that uniform keeps."""
     rows = []
     for story, video in zip(stories, lessons, strict=True):
         empty = shows_nothing(story)

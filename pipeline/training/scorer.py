@@ -84,7 +84,7 @@ class Measures:
     Attributes:
         videos: How many.
         rank_correlation: Spearman's, of the two scores of a video's frames.
-        kept_by_scorer: Share of the frames that caption keeps which the scorer keeps too, at the same number.
+        kept_by_scorer: Share of the frames that caption keeps which are among as many that the scorer scores highest.
         kept_by_uniform: The same of evenly spaced frames: the control.
     """
 

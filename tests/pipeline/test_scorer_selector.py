@@ -57,14 +57,15 @@ def by(path: Path, keep: str | None = "0.5") -> SelectOptions:
     return SelectOptions("scorer", keep, scorer=path)
 
 
-def test_the_highest_scores_of_every_video_are_kept_without_decoding_or_embedding(here: Path) -> None:
+def test_the_best_frame_of_every_part_is_kept_without_decoding_or_embedding(here: Path) -> None:
     assert commands.select(here / "c", by(here / "scorer"), machine()) == 4
     assert Collection(here / "c").current_selection() == f"scorer-0.5-{sha256_of(here / 'scorer')[:8]}"
     scorer, embeddings = load_scorer(here / "scorer"), embeddings_of(here / "c")
     for path, features in features_of(here / "c").items():
         scores = score_frames_without_text(scorer, features.features)
-        ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-        kept = sorted(ranked[: n_kept(parse_keep("0.5"), len(scores))])
+        n = n_kept(parse_keep("0.5"), len(scores))
+        parts = [range(i * len(scores) // n, (i + 1) * len(scores) // n) for i in range(n)]
+        kept = [min(part, key=lambda i: (-scores[i], i)) for part in parts]
         found = embeddings[path]
         assert found.selector == "scorer"  # of videos with text too
         np.testing.assert_array_equal(found.pts_seconds, features.pts_seconds[kept])
@@ -154,6 +155,15 @@ def test_another_encoders_scorer_is_refused_and_nothing_changes(here: Path) -> N
     with pytest.raises(UsageError, match="was trained on features of"):
         plan = plan_selection(None, by(here / "stranger"), change=False)
         Selecting(plan, FakeEncoder())
+
+
+def test_a_new_collection_is_not_begun_with_another_encoders_scorer(here: Path, finished: Path) -> None:
+    with pytest.raises(UsageError, match=r"stranger was trained on features of fake \("):
+        run(here / "new", finished / "videos", select=by(here / "stranger"))
+    assert not (here / "new").exists()
+    with pytest.raises(UsageError, match="no scorer comes with fake"):
+        run(here / "new", finished / "videos", select=SelectOptions("scorer"))
+    assert not (here / "new").exists()
 
 
 def test_without_a_scorer_the_way_to_one_is_said(here: Path) -> None:
