@@ -28,9 +28,10 @@ def convert(
     dictionary: Path | None,
     tokenizer: Path | None,
 ) -> None:
-    """Make published weights of VideoCLIP and S3D ready as --model videoclip:OUT or s3d:OUT.
+    """Make published weights of VideoCLIP and S3D ready for use.
 
-    With both, S3D goes into OUT/s3d: VideoCLIP works on S3D's features. Nothing in the given files is executed.
+    The result is --model videoclip:OUT or s3d:OUT. With both, S3D goes into OUT/s3d: VideoCLIP works on
+    S3D's features. Nothing in the given files is executed.
     """
     from models.convert import S3D_FOLDER, convert
     from pipeline.output import write_stdout

@@ -105,7 +105,9 @@ limit_options = options(
     ),
 )
 selection_options = options(
-    click.option("--selector", type=click.Choice(SELECTORS), help="Which frames are kept.  [default: caption]"),
+    click.option(
+        "--selector", "--select", type=click.Choice(SELECTORS), help="Which frames are kept.  [default: caption]"
+    ),
     click.option("--keep", help="How many: a share such as 0.25, or a number such as 8.  [default: 0.25]"),
     click.option("--topics", type=click.Path(path_type=Path), help="File of texts, one a line, for --selector topics."),
     click.option(

@@ -17,7 +17,7 @@ from pipeline.cli.options import Context, cli, collection_option, device_option,
 @json_option
 @click.pass_obj
 def train_scorer(context: Context, folder: Path, output: Path, seed: int, device: str, as_json: bool) -> None:
-    """Learn from videos with text what to keep of those without.
+    """Learn from videos with text what to keep of others.
 
     The scorer predicts what `--selector caption` scores, from the frames alone, and is for collections of the same
     encoder: fineco select --selector scorer --scorer FILE. Prints how well it does on videos that taught it nothing.

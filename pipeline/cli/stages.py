@@ -48,7 +48,7 @@ NO_HIT = 4
 @limit_options
 @click.pass_obj
 def run(context: Context, /, folder: Path, device: str, kind: str, **given: Any) -> None:
-    """Do the whole job: decode, embed, select frames, build the index.
+    """Do the whole job: decode, embed, select, index.
 
     VIDEOS are files, folders, quoted patterns, or a manifest (.jsonl, .csv). Text beside a video (clip.txt, .srt, .vtt,
     .json) is what `caption` selects by. The same command again does only what is new or was interrupted.

@@ -158,7 +158,7 @@ def train(
     tensorboard: bool,
     **all_options: Any,
 ) -> None:
-    """Train a head on the features of a collection and the texts of its videos.
+    """Train a head on stored features and their videos' texts.
 
     Nothing is decoded or embedded again. The result is the model fineco:OUTPUT, for `run`, `search` and all others. The
     same command goes on with a training that was stopped.
