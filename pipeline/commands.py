@@ -166,16 +166,22 @@ def _stream(
     config.setdefault("exact_resize", False)
     plan = None if select is None else plan_selection(collection, select, False, config["model"])
     get_encoder = _EncoderOnDemand(config, collection, machine, encoder)
-    if plan is not None and plan.scorer is not None and (collection is None or collection.encoder is None):
-        spec = get_encoder().spec
-        check_scorer(plan, spec.name, spec.fingerprint)
-    if collection is None:
-        Collection.check_new(folder)
-        loaded = get_encoder()  # a model that cannot be had must not leave a folder behind
+
+    def load_fitting() -> Encoder:
+        """The encoder, once everything that has to fit it does."""
+        loaded = get_encoder()
         set_sampling(config, loaded.spec)
         if base is not None:
             check_base(base.collection, loaded)
-        collection = Collection.create(folder, config)
+        if plan is not None and plan.scorer is not None:
+            check_scorer(plan, loaded.spec.name, loaded.spec.fingerprint)
+        return loaded
+
+    if collection is None:
+        Collection.check_new(folder)
+    if collection is None or collection.encoder is None:
+        load_fitting()  # a model that cannot be had, or a scorer of another, must not leave anything behind
+    collection = collection or Collection.create(folder, config)
     with Interrupts() as interrupts, collection.writing(this_command()) as writer:
         stored = base.videos(FEATURES) if base is not None else writer.videos(FRAMES)
         todo = _todo(writer, sources, stored, FEATURES, machine, interrupts)
@@ -183,17 +189,13 @@ def _stream(
             collection.use_selection(plan.name, plan.content)
         summary = Summary(todo.counts)
         if todo.counts.to_do:
-            loaded = get_encoder()
-            set_sampling(config, loaded.spec)
-            if base is not None:
-                check_base(base.collection, loaded)
+            loaded = load_fitting()
             config["precision"] = loaded.precision
-            spec = asdict(loaded.spec)
             record = {
                 "name": loaded.spec.name,
                 "fingerprint": loaded.spec.fingerprint,
                 "precision": loaded.precision,
-                "spec": spec,
+                "spec": asdict(loaded.spec),
             }
             if (collection.config, collection.encoder) != (config, record):
                 collection.update(config, record)

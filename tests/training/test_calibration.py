@@ -22,7 +22,8 @@ def untrained() -> FineCoHead:
 
 
 def unit(rows: NDArray[np.float64]) -> NDArray[np.float32]:
-    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+    normalised: NDArray[np.float32] = (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+    return normalised
 
 
 def videos(share: float, noise: float, n: int = 60, length: int = 16) -> Examples:
