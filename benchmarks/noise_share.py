@@ -43,7 +43,7 @@ def main() -> None:
     sizes, budget, planned = Sizes(), Budget(), runs(SEEDS)
     docs = ROOT / "docs"
     if options.quick:
-        sizes, budget = Sizes(48, 8, 16, 12), Budget(epochs=2)
+        sizes, budget = Sizes(48, 8, 16, 12), Budget(epochs=2, long_epochs=3)
         planned = runs(1, (SHARES[0], SHARES[-1]))[:12]
         docs = options.work / "docs"
     encoder = load_encoder("builtin", "cpu", "fp32")

@@ -32,7 +32,12 @@ def fineco(setup: Setup) -> Setup:
 
 
 def runs(n_seeds: int, shares: tuple[int, ...] = SHARES) -> list[Setup]:
-    """Every run, what matters most first, none twice."""
+    """Every run, what matters most first, none twice.
+
+    Args:
+        n_seeds: Of every training; the grid at other shares than the noisiest has one.
+        shares: Relevant frames of a video, the noisiest share last.
+    """
     seeds = range(n_seeds)
     noisiest = shares[-1]
     found: list[Setup] = [Setup(noise, n, head="none") for noise in NOISES for n in shares]
@@ -40,14 +45,23 @@ def runs(n_seeds: int, shares: tuple[int, ...] = SHARES) -> list[Setup]:
         found += both(Setup(noise, n, seed=seed))
     for noise, seed in itertools.product(NOISES, seeds):
         found += grid(noise, noisiest, seed)
+    for noise, n, ratio, seed in itertools.product(NOISES, shares, RATIOS, seeds):
+        found.append(replace(fineco(Setup(noise, n, seed=seed)), ratio=ratio))
     for noise, seed in itertools.product(NOISES, seeds):
         remedied = fineco(Setup(noise, noisiest, seed=seed))
         found += [replace(remedied, warmup=0.5), replace(remedied, average=0.99)]
+    for noise, seed in itertools.product(NOISES, seeds):
+        found += both(Setup(noise, noisiest, seed=seed, long=True))
     for noise, n, seed in itertools.product(NOISES, (noisiest, shares[0]), seeds):
         found += both(Setup(noise, n, "residual", seed=seed))
-    for n, seed in itertools.product(shares[:-1:2], seeds):
-        found += grid("alike", n, seed)
-    return list(dict.fromkeys(found))
+    for n, noise in itertools.product(shares[-3::-2], NOISES):
+        found += grid(noise, n, 0)
+    return list(dict.fromkeys(map(only_once, found)))
+
+
+def only_once(setup: Setup) -> Setup:
+    """The same videos under one name: without noise, its kind decides nothing."""
+    return replace(setup, noise="alike") if setup.n_relevant == N_FRAMES else setup
 
 
 def both(setup: Setup) -> list[Setup]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.noise_share_grid import FORMS, NOISES, NOISIEST, RATIOS, SHARES, WEIGHTS, fineco
+from benchmarks.noise_share_grid import FORMS, NOISES, NOISIEST, RATIOS, SHARES, WEIGHTS, fineco, only_once
 from benchmarks.noise_share_runs import Budget, Hits, Setup
 from benchmarks.noise_share_videos import N_FRAMES, Noise, Sizes
 from pipeline.files import write_bytes
@@ -57,18 +58,19 @@ class Results:
 
     def seeds(self, setup: Setup) -> list[int]:
         """Which seeds there are."""
-        return sorted(self._hits.get(setup, {}))
+        return sorted(self._hits.get(only_once(setup), {}))
 
     def ways(self, setup: Setup) -> list[str]:
         """The names of the ways that every seed was searched."""
         return list(next(iter(self._hits[setup].values())))
 
-    def hits(self, setup: Setup, way: str) -> NDArray[np.float64] | None:
-        """(seeds, queries), or None where a run is missing."""
-        of = self._hits.get(setup, {})
-        if not of or any(way not in hits for hits in of.values()):
+    def hits(self, setup: Setup, way: str, seeds: Sequence[int] | None = None) -> NDArray[np.float64] | None:
+        """(seeds, queries) of these seeds, or of all that there are; None where one was not searched this way."""
+        of = self._hits.get(only_once(setup), {})
+        seeds = self.seeds(setup) if seeds is None else seeds
+        if not seeds or any(way not in of[seed] for seed in seeds):
             return None
-        return np.stack([of[seed][way] for seed in sorted(of)]).astype(np.float64)
+        return np.stack([of[seed][way] for seed in seeds]).astype(np.float64)
 
     def recall(self, setup: Setup, way: str) -> Figure | None:
         """R@1."""
@@ -77,27 +79,29 @@ class Results:
 
     def gain(self, setup: Setup, way: str, over: Setup, over_way: str | None = None) -> Figure | None:
         """Difference of two R@1, query by query and seed by seed."""
-        a, b = self.hits(setup, way), self.hits(over, over_way or way)
-        if a is None or b is None or (len(a) != len(b) and len(b) > 1):
-            return None
-        return interval(a - b)
+        both = sorted({*self.seeds(setup)} & {*self.seeds(over)})
+        a, b = self.hits(setup, way, both), self.hits(over, over_way or way, both)
+        return None if a is None or b is None else interval(a - b)
 
     def frames_found(self, setup: Setup) -> float | None:
         """Mean over seeds, in per cent."""
-        of = self._found.get(setup)
+        of = self._found.get(only_once(setup))
         return 100 * float(np.mean(list(of.values()))) if of else None
 
 
-def interval(values: NDArray[np.float64], draws: int = DRAWS) -> Figure:
+def interval(values: NDArray[np.float64]) -> Figure:
     """The mean of (seeds, queries) with a percentile bootstrap in which both queries and seeds are drawn anew."""
-    rng = np.random.default_rng(0)
     n_seeds, n_queries = values.shape
-    means = np.empty(draws)
-    for draw in range(draws):
-        of_queries = values[:, rng.integers(n_queries, size=n_queries)].mean(axis=1)
-        means[draw] = of_queries[rng.integers(n_seeds, size=n_seeds)].mean()
+    by_seed = resamples(n_queries) @ values.T / n_queries
+    means = np.take_along_axis(by_seed, np.random.default_rng(1).integers(n_seeds, size=by_seed.shape), axis=1).mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return Figure(100 * float(values.mean()), 100 * float(low), 100 * float(high))
+
+
+@functools.cache
+def resamples(n: int) -> NDArray[np.float64]:
+    """(DRAWS, n): how often each of n queries is drawn."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(np.float64)
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
@@ -114,6 +118,11 @@ def share_name(n_relevant: int) -> str:
     return "1" if n_relevant == N_FRAMES else f"1/{N_FRAMES // n_relevant}"
 
 
+def signed(gain: Figure) -> str:
+    """With its sign."""
+    return f"{gain.value:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]"
+
+
 def by_share(results: Results, noise: Noise) -> str:
     """R@1 of both losses in the three ways, and what the frame loss adds."""
     rows: list[list[object]] = []
@@ -121,7 +130,7 @@ def by_share(results: Results, noise: Noise) -> str:
         rows.append([f"VideoCLIP's loss, {name}", *(results.recall(Setup(noise, n), way) for n in SHARES)])
         rows.append([f"+ FineCo's loss, {name}", *(results.recall(fineco(Setup(noise, n)), way) for n in SHARES)])
         gains = [results.gain(fineco(Setup(noise, n)), way, Setup(noise, n)) for n in SHARES]
-        rows.append(["*difference*", *(g and f"*{g.value:+.1f} [{g.low:+.1f}, {g.high:+.1f}]*" for g in gains)])
+        rows.append(["*difference*", *(g and f"*{signed(g)}*" for g in gains)])
     found = [(results.frames_found(Setup(noise, n)), results.frames_found(fineco(Setup(noise, n)))) for n in SHARES]
     cells = [f"{a:.0f} / {b:.0f}" if a is not None and b is not None else None for a, b in found]
     rows.append(["relevant frames found by the caption, without / with", *cells])
@@ -148,14 +157,29 @@ def by_selector(results: Results) -> str:
 def by_setting(results: Results, noise: Noise, n_relevant: int) -> str:
     """The grid: what each ratio, form and weight adds to VideoCLIP's loss alone."""
     base = Setup(noise, n_relevant)
-    rows: list[list[object]] = [["VideoCLIP's loss alone", "", "", *_figures(results, base)]]
+    rows: list[list[object]] = [["VideoCLIP's loss alone", "", "", len(results.seeds(base)), *_figures(results, base)]]
     for form in FORMS:
         for ratio in RATIOS:
             for weight in WEIGHTS:
                 setup = Setup(noise, n_relevant, weight=weight, ratio=ratio, form=form)
                 if results.seeds(setup):
-                    rows.append([form, ratio, weight, *_figures(results, setup)])
-    return table(["form", "ratio", "weight", *WAYS.values(), "relevant frames found"], rows)
+                    cells = _figures_and_gains(results, setup, base)
+                    rows.append([form, ratio, weight, len(results.seeds(setup)), *cells])
+    return table(["form", "ratio", "weight", "seeds", *WAYS.values(), "relevant frames found"], rows)
+
+
+def by_ratio(results: Results) -> str:
+    """What each ratio adds at each share, every frame stored and re-scored: form and weight as in the plot."""
+    rows: list[list[object]] = []
+    for noise in NOISES:
+        for ratio in RATIOS:
+            setups = [replace(fineco(Setup(noise, n)), ratio=ratio) for n in SHARES]
+            gains = [
+                results.gain(setup, "all, re-scored", replace(setup, weight=0.0, ratio=0.25, form="each"))
+                for setup in setups
+            ]
+            rows.append([noise, ratio, *(g and signed(g) for g in gains)])
+    return table(["other scenes", "ratio", *map(share_name, SHARES)], rows)
 
 
 def _figures(results: Results, setup: Setup) -> list[object]:
@@ -163,17 +187,36 @@ def _figures(results: Results, setup: Setup) -> list[object]:
     return [*(results.recall(setup, way) for way in WAYS), None if found is None else f"{found:.0f}"]
 
 
+def _figures_and_gains(results: Results, setup: Setup, base: Setup) -> list[object]:
+    cells: list[object] = []
+    for way in WAYS:
+        recall, gain = results.recall(setup, way), results.gain(setup, way, base)
+        cells.append(None if recall is None or gain is None else f"{recall.value:.1f}, {signed(gain)}")
+    found = results.frames_found(setup)
+    return [*cells, None if found is None else f"{found:.0f}"]
+
+
 def remedies(results: Results) -> str:
-    """Warm-up of the weight and the moving-average copy, at the noisiest share."""
+    """Warm-up of the weight and the moving-average copy, at the noisiest share, and what each adds to neither."""
     rows: list[list[object]] = []
     for noise in NOISES:
         base = fineco(Setup(noise, NOISIEST))
-        names = {
-            "+ FineCo's loss": base,
-            "weight grows over the first half": replace(base, warmup=0.5),
-            "moving average (0.99) chooses": replace(base, average=0.99),
-        }
-        rows += [[noise, name, *_figures(results, setup)] for name, setup in names.items()]
+        rows.append([noise, "+ FineCo's loss", *_figures(results, base)])
+        for name, setup in (
+            ("weight grows over the first half", replace(base, warmup=0.5)),
+            ("moving average (0.99) chooses", replace(base, average=0.99)),
+        ):
+            rows.append([noise, name, *_figures_and_gains(results, setup, base)])
+    return table(["other scenes", "", *WAYS.values(), "relevant frames found"], rows)
+
+
+def longer(results: Results) -> str:
+    """Both losses at the noisiest share when trained longer and faster."""
+    rows: list[list[object]] = []
+    for noise in NOISES:
+        base = Setup(noise, NOISIEST, long=True)
+        rows.append([noise, "VideoCLIP's loss", *_figures(results, base)])
+        rows.append([noise, "+ FineCo's loss", *_figures_and_gains(results, fineco(base), base)])
     return table(["other scenes", "", *WAYS.values(), "relevant frames found"], rows)
 
 
@@ -209,7 +252,7 @@ def bar(results: Results) -> str:
             results.gain(ours, "caption, re-scored", plain),
             results.gain(plain, "caption, re-scored", plain, "all"),
         )
-        rows.append([noise, pooled, selected, "met" if met else "not met", way, loss])
+        rows.append([noise, pooled, selected, "met" if met else "not met", way and signed(way), loss and signed(loss)])
     header = [
         "other scenes",
         "VideoCLIP's loss, mean pooling",
@@ -283,10 +326,12 @@ def report(runs: Runs, docs: Path, sizes: Sizes, budget: Budget, weights_sha256:
         "shares alike": by_share(results, "alike"),
         "shares any": by_share(results, "any"),
         "selectors": by_selector(results),
+        "ratios": by_ratio(results),
         "grid alike": by_setting(results, "alike", NOISIEST),
         "grid any": by_setting(results, "any", NOISIEST),
-        **{f"grid alike {n}": by_setting(results, "alike", n) for n in SHARES[:-1:2]},
+        **{f"grid {noise} {n}": by_setting(results, noise, n) for noise in NOISES for n in SHARES[:-1:2]},
         "remedies": remedies(results),
+        "longer": longer(results),
         "aligned": aligned(results),
     }
     page = docs / "STUDY.md"

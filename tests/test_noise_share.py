@@ -174,6 +174,18 @@ def test_a_gain_is_paired() -> None:
     plain, ours = Setup("any", 2), fineco(Setup("any", 2))
     gain = Results([(plain, {"all": hits}, 0.0), (ours, {"all": better}, 0.0)]).gain(ours, "all", plain)
     assert gain is not None and gain.value == pytest.approx(5) and gain.low > 1
+    more = replace(ours, seed=1)  # a seed of one side alone has nothing to be compared with
+    results = Results([(plain, {"all": hits}, 0.0), (ours, {"all": better}, 0.0), (more, {"all": hits}, 0.0)])
+    assert results.gain(ours, "all", plain) == gain
+    assert results.recall(ours, "all") != Results([(ours, {"all": better}, 0.0)]).recall(ours, "all")
+
+
+def test_without_noise_its_kind_makes_no_other_run() -> None:
+    test = plan(SIZES)[0]["test"]
+    assert np.array_equal(compose(test, "alike", N_FRAMES, 1)[0], compose(test, "any", N_FRAMES, 1)[0])
+    assert not [setup for setup in runs(1) if setup.noise == "any" and setup.n_relevant == N_FRAMES]
+    results = Results([(Setup("alike", N_FRAMES), {"all": np.ones(3, np.bool_)}, 1.0)])
+    assert results.recall(Setup("any", N_FRAMES), "all") == results.recall(Setup("alike", N_FRAMES), "all")
 
 
 def test_the_grid_is_whole_at_the_noisiest_share() -> None:
