@@ -238,7 +238,8 @@ def _open(path: Path, dataset: str | None) -> _Content:
         reason = f"not one whole JSON value ({problem}), and " if problem else ""
         raise UsageError(
             f"{path}: {reason}no annotation format that is known here",
-            f"Formats: {', '.join(DATASETS)}; --dataset forces one.",
+            'Known are lines such as {"video": "clip.mp4", "caption": "someone whisks eggs"}, and the files of '
+            f"{', '.join(DATASETS)}.",
         )
     if dataset in LINE_FORMATS and value is None:
         found = dataset  # its rows say line by line what they lack

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,7 @@ def train_collection(
             if group.leads:
                 _check_output(output)
                 stack.enter_context(Lock(output, this_command()))
+                stack.callback(_leave_nothing_unbegun, output)
             interrupts = stack.enter_context(Interrupts())
             record = _read_record(output)
             options = merge(record.get("options", {}), given)
@@ -281,6 +282,14 @@ def _check_output(output: Path) -> None:
     there = {path.name.removesuffix(".tmp") for path in output.iterdir()} if output.exists() else set()
     if there - {LOCK_FILE} and RECORD not in there:
         raise UsageError(f"{output} exists and is not a training", "Choose a new or empty folder (-o).")
+
+
+def _leave_nothing_unbegun(output: Path) -> None:
+    """Removes the folder of a training that was refused before it began; called while its lock is held."""
+    if {path.name for path in output.iterdir()} == {LOCK_FILE}:
+        with suppress(OSError):
+            (output / LOCK_FILE).unlink()
+            output.rmdir()
 
 
 def _read_record(output: Path) -> dict[str, Any]:

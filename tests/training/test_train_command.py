@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from command_line import fineco
+from fakes import FakeEncoder
+from models.fineco_encoder import load_fineco
 from pipeline.errors import UsageError
+from pipeline.lock import Lock
 from pipeline.training.command import Work
 from pipeline.training.display import Display
 from small_trainings import make_collection, metrics_of, train_small
@@ -161,3 +164,19 @@ def test_a_terminal_gets_one_line_that_moves() -> None:
         display.step(0.5, {}, 8)
         display.validated(1, {"R@1": 25.0}, True)
     assert "epoch 1/2  R@1 25.0  best so far" in stream.getvalue()
+
+
+def test_a_training_that_is_refused_leaves_no_folder_and_takes_nobodys_lock(tmp_path: Path) -> None:
+    folder = make_collection(tmp_path / "kitchen", 4)
+    for collection, output in (("nowhere", "new"), ("kitchen", "kitchen")):
+        with pytest.raises(UsageError):
+            train_small(tmp_path / collection, tmp_path / output)
+    assert not (tmp_path / "new").exists()
+    with Lock(tmp_path / "busy", "another"), pytest.raises(UsageError, match="being written"):
+        train_small(folder, tmp_path / "busy")
+    assert (tmp_path / "busy" / ".lock").exists()
+
+
+def test_the_head_brings_the_temperature_that_was_measured(tmp_path: Path) -> None:
+    result = train_small(make_collection(tmp_path / "kitchen", 24), tmp_path / "out")
+    assert load_fineco(tmp_path / "out", FakeEncoder()).spec.temperature == result["re-scoring temperature"]
