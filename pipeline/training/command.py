@@ -37,6 +37,7 @@ from pipeline.training.subjects import HEAD_OPTIONS, Head, Subject, Towers, reco
 RECORD = "training.json"
 CLIP_TOKENS = 32  # longest clip of `overlapped` and of the towers, as VideoCLIP's (docs/METHOD.md section 3)
 SPAN_TOKENS = 256
+FEW_VIDEOS = 30  # R@10 among fewer is next to certain
 TOWERS_LR = 5e-5  # VideoCLIP's, for towers that are trained already
 
 DEFAULTS: dict[str, Any] = {
@@ -158,6 +159,12 @@ def _train(
         f"Training on {number_of(data['texts'], 'text')} of {number_of(data['videos'], 'video')}, validating with "
         f"{number_of(data['validation texts'], 'text')}; {device_summary(device, train_options.precision)}"
     )
+    validating = len(np.unique(spoken_of.videos[which.validation]))
+    if 0 < validating < FEW_VIDEOS:
+        say(
+            f"  {number_of(validating, 'video')} to validate with say little about which epoch is the best; "
+            "--validation 0 trains on all and keeps the last"
+        )
     torch.manual_seed(train_options.seed)
     model = subject.build()
     trained = _loop(model, subject, examples, train_options, which, output, work, group, device, interrupts)

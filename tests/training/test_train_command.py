@@ -180,3 +180,13 @@ def test_a_training_that_is_refused_leaves_no_folder_and_takes_nobodys_lock(tmp_
 def test_the_head_brings_the_temperature_that_was_measured(tmp_path: Path) -> None:
     result = train_small(make_collection(tmp_path / "kitchen", 24), tmp_path / "out")
     assert load_fineco(tmp_path / "out", FakeEncoder()).spec.temperature == result["re-scoring temperature"]
+
+
+def test_too_few_videos_to_validate_with_are_told(tmp_path: Path) -> None:
+    lines: list[str] = []
+    work = Work("cpu", quiet=True, say=lines.append)
+    train_small(make_collection(tmp_path / "kitchen", 12), tmp_path / "some", work, epochs=1)
+    assert any("3 videos to validate with say little" in line for line in lines)
+    lines.clear()
+    train_small(tmp_path / "kitchen", tmp_path / "none", work, epochs=1, validation=0.0)
+    assert not any("validate with say little" in line for line in lines)
