@@ -19,6 +19,14 @@ SHARES = tuple(N_FRAMES // parts for parts in (1, 2, 4, 8, 16))  # frames that s
 NOISIEST = SHARES[-1]
 RATIOS = (0.125, 0.25, 0.5)
 WEIGHTS = (0.1, 0.5, 1.0)
+BY_SHARE: tuple[tuple[Form, float, float], ...] = (  # form, ratio, weight of what is measured at every share
+    ("set", 0.125, 1.0),
+    ("set", 0.25, 1.0),
+    ("set", 0.5, 1.0),
+    ("each", 0.25, 0.5),  # what `fineco train` does by default
+    ("each", 0.5, 0.5),
+)
+DECAYS = (0.9, 0.99)  # of the moving average, in a training of 90 steps
 NOISES: tuple[Noise, ...] = get_args(Noise)
 FORMS: tuple[Form, ...] = get_args(Form)
 
@@ -45,11 +53,11 @@ def runs(n_seeds: int, shares: tuple[int, ...] = SHARES) -> list[Setup]:
         found += both(Setup(noise, n, seed=seed))
     for noise, seed in itertools.product(NOISES, seeds):
         found += grid(noise, noisiest, seed)
-    for noise, n, ratio, seed in itertools.product(NOISES, shares, RATIOS, seeds):
-        found.append(replace(fineco(Setup(noise, n, seed=seed)), ratio=ratio))
+    for settings, noise, n, seed in itertools.product(BY_SHARE, NOISES, shares, seeds):
+        found.append(with_settings(Setup(noise, n, seed=seed), settings))
     for noise, seed in itertools.product(NOISES, seeds):
         remedied = fineco(Setup(noise, noisiest, seed=seed))
-        found += [replace(remedied, warmup=0.5), replace(remedied, average=0.99)]
+        found += [replace(remedied, warmup=0.5), *(replace(remedied, average=decay) for decay in DECAYS)]
     for noise, seed in itertools.product(NOISES, seeds):
         found += both(Setup(noise, noisiest, seed=seed, long=True))
     for noise, n, seed in itertools.product(NOISES, (noisiest, shares[0]), seeds):
@@ -57,6 +65,12 @@ def runs(n_seeds: int, shares: tuple[int, ...] = SHARES) -> list[Setup]:
     for n, noise in itertools.product(shares[-3::-2], NOISES):
         found += grid(noise, n, 0)
     return list(dict.fromkeys(map(only_once, found)))
+
+
+def with_settings(setup: Setup, settings: tuple[Form, float, float]) -> Setup:
+    """The same with FineCo's loss of this form, ratio and weight."""
+    form, ratio, weight = settings
+    return replace(setup, form=form, ratio=ratio, weight=weight)
 
 
 def only_once(setup: Setup) -> Setup:

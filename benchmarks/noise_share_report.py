@@ -14,7 +14,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.noise_share_grid import FORMS, NOISES, NOISIEST, RATIOS, SHARES, WEIGHTS, fineco, only_once
+from benchmarks.noise_share_grid import (
+    BY_SHARE,
+    DECAYS,
+    FORMS,
+    NOISES,
+    NOISIEST,
+    RATIOS,
+    SHARES,
+    WEIGHTS,
+    fineco,
+    only_once,
+    with_settings,
+)
 from benchmarks.noise_share_runs import Budget, Hits, Setup
 from benchmarks.noise_share_videos import N_FRAMES, Noise, Sizes
 from pipeline.files import write_bytes
@@ -168,18 +180,15 @@ def by_setting(results: Results, noise: Noise, n_relevant: int) -> str:
     return table(["form", "ratio", "weight", "seeds", *WAYS.values(), "relevant frames found"], rows)
 
 
-def by_ratio(results: Results) -> str:
-    """What each ratio adds at each share, every frame stored and re-scored: form and weight as in the plot."""
+def by_settings(results: Results, way: str) -> str:
+    """What some settings of the frame loss add to VideoCLIP's loss at each share."""
     rows: list[list[object]] = []
     for noise in NOISES:
-        for ratio in RATIOS:
-            setups = [replace(fineco(Setup(noise, n)), ratio=ratio) for n in SHARES]
-            gains = [
-                results.gain(setup, "all, re-scored", replace(setup, weight=0.0, ratio=0.25, form="each"))
-                for setup in setups
-            ]
-            rows.append([noise, ratio, *(g and signed(g) for g in gains)])
-    return table(["other scenes", "ratio", *map(share_name, SHARES)], rows)
+        for settings in BY_SHARE:
+            bases = [Setup(noise, n) for n in SHARES]
+            gains = [results.gain(with_settings(base, settings), way, base) for base in bases]
+            rows.append([noise, *settings, *(g and signed(g) for g in gains)])
+    return table(["other scenes", "form", "ratio", "weight", *map(share_name, SHARES)], rows)
 
 
 def _figures(results: Results, setup: Setup) -> list[object]:
@@ -202,11 +211,9 @@ def remedies(results: Results) -> str:
     for noise in NOISES:
         base = fineco(Setup(noise, NOISIEST))
         rows.append([noise, "+ FineCo's loss", *_figures(results, base)])
-        for name, setup in (
-            ("weight grows over the first half", replace(base, warmup=0.5)),
-            ("moving average (0.99) chooses", replace(base, average=0.99)),
-        ):
-            rows.append([noise, name, *_figures_and_gains(results, setup, base)])
+        remedied = {"weight grows over the first half": replace(base, warmup=0.5)}
+        remedied |= {f"moving average ({decay}) chooses": replace(base, average=decay) for decay in DECAYS}
+        rows += [[noise, name, *_figures_and_gains(results, setup, base)] for name, setup in remedied.items()]
     return table(["other scenes", "", *WAYS.values(), "relevant frames found"], rows)
 
 
@@ -221,21 +228,19 @@ def longer(results: Results) -> str:
 
 
 def aligned(results: Results) -> str:
-    """The encoder as it is, and residual heads on top of it."""
+    """The encoder as it is, and residual heads on top of it, with what FineCo's loss adds to the other."""
     rows: list[list[object]] = []
     for noise in NOISES:
         for n in SHARES:
+            if n == N_FRAMES and noise != NOISES[0]:
+                continue
             base = Setup(noise, n, "residual")
-            names = {
-                "encoder alone": Setup(noise, n, "none"),
-                "residual head, VideoCLIP's loss": base,
-                "residual head, + FineCo's loss": fineco(base),
-            }
-            rows += [
-                [noise, share_name(n), name, *_figures(results, setup)]
-                for name, setup in names.items()
-                if results.seeds(setup)
-            ]
+            where = ["none" if n == N_FRAMES else noise, share_name(n)]
+            rows.append([*where, "encoder alone", *_figures(results, Setup(noise, n, "none"))])
+            if results.seeds(base):
+                rows.append([*where, "residual head, VideoCLIP's loss", *_figures(results, base)])
+                adds = _figures_and_gains(results, fineco(base), base)
+                rows.append([*where, "residual head, + FineCo's loss", *adds])
     return table(["other scenes", "share", "", *WAYS.values(), "relevant frames found"], rows)
 
 
@@ -326,7 +331,9 @@ def report(runs: Runs, docs: Path, sizes: Sizes, budget: Budget, weights_sha256:
         "shares alike": by_share(results, "alike"),
         "shares any": by_share(results, "any"),
         "selectors": by_selector(results),
-        "ratios": by_ratio(results),
+        "settings all": by_settings(results, "all, re-scored"),
+        "settings caption": by_settings(results, "caption, re-scored"),
+        "settings mean": by_settings(results, "all"),
         "grid alike": by_setting(results, "alike", NOISIEST),
         "grid any": by_setting(results, "any", NOISIEST),
         **{f"grid {noise} {n}": by_setting(results, noise, n) for noise in NOISES for n in SHARES[:-1:2]},
