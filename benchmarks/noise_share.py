@@ -1,6 +1,6 @@
 """Does FineCo help, and where: R@1 against the share of a video's frames that show what its caption says.
 
-    python benchmarks/noise_share.py             the whole study; 40 minutes on 2 cores without a GPU
+    python benchmarks/noise_share.py             the whole study; about an hour on 2 shared cores, no GPU
     python benchmarks/noise_share.py --quick     the same on few videos, without docs: does it work?
 
 Writes docs/study/ (results.json, the plot) and the tables of docs/STUDY.md, which says what is measured and what came

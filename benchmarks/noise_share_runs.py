@@ -215,7 +215,7 @@ def measure(tower: Tower, setup: Setup, material: Material, split: str = "test",
     for selector in selectors:
         kept, vectors = [], []
         for number, video in enumerate(videos):
-            own = captions[number : number + 1] if selector == "caption" else topics[: len(TOPICS)]
+            own = captions[number : number + 1] if selector == "caption" else topics
             words = [TimedText("caption")] if selector == "caption" else [TimedText(topic) for topic in TOPICS]
             if selector not in ("caption", "topics"):
                 words, own = [], own[:0]
