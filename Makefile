@@ -12,7 +12,7 @@ UV := $(BIN)/uv
 help:
 	@echo 'make demo    set up, then search a small generated collection'
 	@echo 'make test    set up, then lint, type-check and test'
-	@echo 'make study   set up, then measure what the frame loss and the selectors bring (about half an hour; docs/STUDY.md)'
+	@echo 'make study   set up, then measure what the frame loss and the selectors bring (up to an hour; docs/STUDY.md)'
 	@echo 'make lock    fit requirements.lock to pyproject.toml (UPGRADE=1: take the newest versions)'
 	@echo 'make clean   remove .venv and the caches'
 	@echo

@@ -23,7 +23,7 @@ BY_SHARE: tuple[tuple[Form, float, float], ...] = (  # form, ratio, weight of wh
     ("set", 0.125, 1.0),
     ("set", 0.25, 1.0),
     ("set", 0.5, 1.0),
-    ("each", 0.25, 0.5),  # what `fineco train` does by default
+    ("each", 0.25, 0.5),  # what `fineco train` did by default before this study
     ("each", 0.5, 0.5),
 )
 DECAYS = (0.9, 0.99)  # of the moving average, in a training of 90 steps

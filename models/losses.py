@@ -55,7 +55,7 @@ def n_positives(n_tokens: int, ratio: float) -> int:
 
 
 @torch.no_grad()
-def fineco_positives(scores: Tensor, mask: Tensor, ratio: float = 0.25) -> Tensor:
+def fineco_positives(scores: Tensor, mask: Tensor, ratio: float = 0.5) -> Tensor:
     """The K highest valid scores of each clip; of equal scores the earlier token comes first.
 
     Args:
@@ -82,7 +82,7 @@ def fineco_positives(scores: Tensor, mask: Tensor, ratio: float = 0.25) -> Tenso
 def fineco_loss(
     scores: Tensor,
     mask: Tensor,
-    ratio: float = 0.25,
+    ratio: float = 0.5,
     form: Form = "each",
     temperature: float = 1.0,
     positives: Tensor | None = None,

@@ -78,7 +78,7 @@ objective_options = options(
     click.option(
         "--ratio",
         type=Finite(min=0, max=1, min_open=True),
-        default=0.25,
+        default=0.5,
         show_default=True,
         help="Share of a clip's frames that are positives.",
     ),

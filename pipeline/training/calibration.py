@@ -8,6 +8,8 @@ measured.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -22,19 +24,24 @@ MOST_TEXTS = 400  # enough to tell temperatures apart; each costs as many frames
 FACTORS = tuple(2.0**k for k in range(-3, 8))
 
 
+@dataclass(frozen=True, slots=True)
+class Rescoring:
+    """The best temperature, and how well re-scoring ranks at it (`pipeline.training.validation.retrieval`)."""
+
+    temperature: float
+    metrics: dict[str, float]
+
+
 @torch.no_grad()
-def rescoring_temperature(
+def calibrate(
     model: Trainable, examples: Examples, rows: Rows, start: float, max_tokens: int, device: str = "cpu"
-) -> float:
-    """The temperature at which re-scoring ranks the clips of these texts best.
+) -> Rescoring:
+    """Finds the temperature at which re-scoring ranks the clips of these texts best: `start` times a power of 2.
 
     Args:
         model: In evaluation mode.
         rows: Texts that were not trained on, where there are some.
         start: A temperature in the middle of those tried; of equally good ones the nearest to it.
-
-    Returns:
-        `start` times a power of 2.
     """
     rows = rows[:: -(-len(rows) // MOST_TEXTS)]
     clips, first, right = np.unique(
@@ -42,8 +49,8 @@ def rescoring_temperature(
     )
     cut = middle_part(clips[:, 1:], max_tokens)
     tokens = []
-    for at in range(0, len(clips), CLIPS_PER_BATCH):
-        some = slice(at, at + CLIPS_PER_BATCH)
+    for first_clip in range(0, len(clips), CLIPS_PER_BATCH):
+        some = slice(first_clip, first_clip + CLIPS_PER_BATCH)
         batch = collate(examples, rows[first[some]], cut[some]).to(device)
         states = model.encode_video(batch.features, batch.mask)
         tokens.append(F.normalize(states.tokens.float()[batch.mask], dim=-1))
@@ -51,8 +58,10 @@ def rescoring_temperature(
     cosines = (texts @ torch.cat(tokens).T).cpu().numpy()
     offsets = np.cumsum([0, *(cut[:, 1] - cut[:, 0])])
 
-    def quality(factor: float) -> tuple[float, float]:
+    def at(factor: float) -> dict[str, float]:
         scores = np.stack([rescore(row, offsets, factor * start) for row in cosines])
-        return retrieval(scores, right.reshape(-1))["mean recall"], -abs(np.log2(factor))
+        return retrieval(scores, right.reshape(-1))
 
-    return start * max(FACTORS, key=quality)
+    found = {factor: at(factor) for factor in FACTORS}
+    best = max(FACTORS, key=lambda factor: (found[factor]["mean recall"], -abs(np.log2(factor))))
+    return Rescoring(start * best, found[best])

@@ -24,7 +24,7 @@ from pipeline.lock import LOCK_FILE, Lock
 from pipeline.output import number_of
 from pipeline.run import Interrupts
 from pipeline.training.bank import FeatureBank
-from pipeline.training.calibration import rescoring_temperature
+from pipeline.training.calibration import calibrate
 from pipeline.training.captions import SpokenOf, read_texts, video_numbers
 from pipeline.training.checkpoints import Journal
 from pipeline.training.display import Display
@@ -171,13 +171,36 @@ def _train(
     result = {"epochs": trained.epochs, "steps": trained.steps, "best epoch": trained.best_epoch, **trained.metrics}
     if group.leads:
         if isinstance(model, FineCoHead):
-            rows = which.validation if len(which.validation) else which.training
-            start, most = float(model.rescoring_temperature), train_options.max_tokens
-            model.rescoring_temperature.fill_(rescoring_temperature(model, examples, rows, start, most, device))
-            result["re-scoring temperature"] = float(f"{float(model.rescoring_temperature):.6g}")
+            result |= _measure_rescoring(model, examples, which, train_options.max_tokens, device, say)
         subject.save(output, model)
         _write_record(output, record | {"result": result})
     say(f"Trained: {summary(result)}")
+    return result
+
+
+def _measure_rescoring(
+    head: FineCoHead, examples: Examples, which: Split, max_tokens: int, device: str, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Gives the head the temperature that serves a search best, and says whether a search is better for the training.
+
+    The epoch was chosen by pooled vectors, which a search looks at first; what it shows is ranked by re-scoring.
+    """
+    rows = which.validation if len(which.validation) else which.training
+    start = float(head.rescoring_temperature)
+    after = calibrate(head, examples, rows, start, max_tokens, device)
+    head.rescoring_temperature.fill_(after.temperature)
+    result: dict[str, Any] = {"re-scoring temperature": float(f"{after.temperature:.6g}")}
+    if not len(which.validation):
+        return result
+    result["re-scored R@1"] = after.metrics["R@1"]
+    if head.config.residual:  # which starts as its base
+        before = calibrate(FineCoHead(head.config).to(device).eval(), examples, rows, start, max_tokens, device).metrics
+        result["re-scored R@1 of the base"] = before["R@1"]
+        say(
+            f"Re-scored, as a search ranks: R@1 {after.metrics['R@1']:.1f}; the base without a head {before['R@1']:.1f}"
+        )
+        if after.metrics["mean recall"] < before["mean recall"]:
+            say("  a search finds less with this head than with its base alone")
     return result
 
 

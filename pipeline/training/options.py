@@ -16,7 +16,8 @@ class ObjectiveOptions:
     Attributes:
         direction: Of the pair loss: `both`, `text_to_video` (fine-tuning for retrieval) or `video_to_text`.
         frame_weight: Of FineCo's frame loss; 0 is VideoCLIP's objective alone.
-        ratio: Share of a clip's tokens that are positives.
+        ratio: Share of a clip's tokens that are positives. Below the share that fits the text, the loss pushes fitting
+            tokens away (docs/STUDY.md).
         form: `each` or `set`.
         frame_temperature: Of the frame loss; None: the model's own, as it stands at that step (no gradient).
         weight_warmup: Share of all steps over which the frame weight grows from 0.
@@ -26,7 +27,7 @@ class ObjectiveOptions:
 
     direction: Direction = "both"
     frame_weight: float = 0.5
-    ratio: float = 0.25
+    ratio: float = 0.5
     form: Form = "each"
     frame_temperature: float | None = None
     weight_warmup: float = 0.1

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from models.fineco import FineCoHead, HeadConfig
 from pipeline.rescore import rescore
-from pipeline.training.calibration import rescoring_temperature
+from pipeline.training.calibration import calibrate
 from pipeline.training.examples import Examples
 from pipeline.training.validation import retrieval
 
@@ -41,14 +41,15 @@ def videos(share: float, noise: float, n: int = 60, length: int = 16) -> Example
 
 def test_noisy_frames_that_all_fit_are_averaged_and_a_single_one_that_fits_is_found() -> None:
     every = np.arange(60)
-    all_fit = rescoring_temperature(untrained(), videos(1.0, 5.0), every, START, 256)
-    one_fits = rescoring_temperature(untrained(), videos(1 / 16, 0.5), every, START, 256)
+    all_fit = calibrate(untrained(), videos(1.0, 5.0), every, START, 256).temperature
+    one_fits = calibrate(untrained(), videos(1 / 16, 0.5), every, START, 256).temperature
     assert one_fits < all_fit
 
 
 def test_no_other_of_the_tried_temperatures_ranks_better() -> None:
     examples = videos(0.25, 1.5)
-    found = rescoring_temperature(untrained(), examples, np.arange(60), START, 256)
+    calibrated = calibrate(untrained(), examples, np.arange(60), START, 256)
+    found = calibrated.temperature
     features = [examples.bank.rows(v, 0, 16).astype(np.float32) for v in range(60)]
     texts = examples.texts.inputs(np.arange(60))[0].numpy()
     offsets = np.arange(61) * 16
@@ -60,6 +61,7 @@ def test_no_other_of_the_tried_temperatures_ranks_better() -> None:
 
     recalls = {START * 2.0**k: recall(START * 2.0**k) for k in range(-3, 8)}
     assert recalls[found] == max(recalls.values()) > min(recalls.values())
+    assert calibrated.metrics["mean recall"] == recalls[found]
 
 
 def test_texts_of_one_clip_and_clips_of_one_video_are_kept_apart() -> None:
@@ -69,9 +71,9 @@ def test_texts_of_one_clip_and_clips_of_one_video_are_kept_apart() -> None:
     of = np.array([0, 0, 1, 1, 2])
     vectors = unit(np.stack([features[v][a:b].mean(0) for v, (a, b) in zip(of, spans, strict=True)]).astype(float))
     examples = Examples.of_arrays(features, vectors, of, spans)
-    assert rescoring_temperature(untrained(), examples, np.arange(5), START, 256) > START / 16
+    assert calibrate(untrained(), examples, np.arange(5), START, 256).temperature > START / 16
 
 
 def test_many_texts_are_sampled() -> None:
     examples = videos(1.0, 0.1, n=900, length=2)
-    assert rescoring_temperature(untrained(), examples, np.arange(900), START, 256) == START  # all are equally good
+    assert calibrate(untrained(), examples, np.arange(900), START, 256).temperature == START  # all are equally good
