@@ -175,6 +175,8 @@ def _train(
         subject.save(output, model)
         _write_record(output, record | {"result": result})
     say(f"Trained: {summary(result)}")
+    if len(which.validation) and trained.best_epoch == 0:
+        say("  no epoch was better than the start, and the start is what was kept")
     return result
 
 

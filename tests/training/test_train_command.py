@@ -190,3 +190,11 @@ def test_too_few_videos_to_validate_with_are_told(tmp_path: Path) -> None:
     lines.clear()
     train_small(tmp_path / "kitchen", tmp_path / "none", work, epochs=1, validation=0.0)
     assert not any("validate with say little" in line for line in lines)
+
+
+def test_a_training_that_was_in_vain_is_told(tmp_path: Path) -> None:
+    lines: list[str] = []
+    work = Work("cpu", quiet=True, say=lines.append)
+    result = train_small(make_collection(tmp_path / "kitchen", 40), tmp_path / "out", work, epochs=1, lr=1e-12)
+    assert result["best epoch"] == 0
+    assert any("the start is what was kept" in line for line in lines)
