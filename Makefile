@@ -6,12 +6,13 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 UV := $(BIN)/uv
 
-.PHONY: help demo test study lock clean
+.PHONY: help demo test test-long study lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    set up, then search a small generated collection'
 	@echo 'make test    set up, then lint, type-check and test'
+	@echo 'make test-long  the same and what takes up to an hour: 125 kills, 1,000 mutations, a soak, every guard removed once'
 	@echo 'make study   set up, then measure what the frame loss and the selectors bring (up to an hour; docs/STUDY.md)'
 	@echo 'make lock    fit requirements.lock to pyproject.toml (UPGRADE=1: take the newest versions)'
 	@echo 'make clean   remove .venv and the caches'
@@ -26,6 +27,9 @@ test: .venv/.project
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+test-long: test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m long
 
 study: .venv/.project
 	$(BIN)/python benchmarks/noise_share.py
