@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,9 +16,19 @@ from typing import Any, cast, get_type_hints
 
 from indexes.build import INDEX_FILE, IndexReport
 from pipeline.errors import FinecoError, IntegrityError, UsageError
-from pipeline.files import FileRecord, check_file, fsync_folder, record_of, write_bytes
+from pipeline.files import (
+    FileRecord,
+    check_file,
+    fsync_folder,
+    read_pointer,
+    read_sealed,
+    record_of,
+    seal,
+    write_bytes,
+    write_pointer,
+)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SIDECAR_FILE = "index.json"
 CURRENT = "CURRENT"
 UNFINISHED = ".tmp"
@@ -79,7 +88,7 @@ def new_generation(index_folder: Path) -> Iterator[Path]:
         final = index_folder / f"{number:06d}"
         os.replace(temporary, final)
         fsync_folder(index_folder)
-        write_bytes(index_folder / CURRENT, f"{final.name}\n".encode())
+        write_pointer(index_folder / CURRENT, final.name)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -93,13 +102,13 @@ def current_generation(index_folder: Path) -> Path:
         IntegrityError: CURRENT names something else than a generation.
     """
     try:
-        name = (index_folder / CURRENT).read_text("ascii").strip()
+        name = read_pointer(index_folder / CURRENT)
     except FileNotFoundError:
         raise UsageError(
             f"{index_folder.parent} has no index yet", f"Build it with 'fineco index -c {index_folder.parent}'."
         ) from None
     except (OSError, ValueError) as error:
-        raise IntegrityError(f"{index_folder / CURRENT}: {error}") from error
+        raise IntegrityError(f"{index_folder / CURRENT}: {error}", REBUILD) from error
     if not name.isdecimal() or not (index_folder / name).is_dir():
         raise IntegrityError(f"{index_folder / CURRENT} names {name!r}, which is not there", REBUILD)
     return index_folder / name
@@ -128,7 +137,7 @@ def write_sidecar(
         "ends": {name: _ends_sha256(generation / name) for name, record in files.items() if _is_large(record)},
         "extra": extra,
     }
-    write_bytes(generation / SIDECAR_FILE, json.dumps(content, indent=2).encode() + b"\n")
+    write_bytes(generation / SIDECAR_FILE, seal(content))
 
 
 def read_sidecar(generation: Path) -> Sidecar:
@@ -139,8 +148,8 @@ def read_sidecar(generation: Path) -> Sidecar:
     """
     path = generation / SIDECAR_FILE
     try:
-        content = json.loads(path.read_text("utf-8"))
-        schema = content.get("schema") if isinstance(content, dict) else None
+        content = read_sealed(path)
+        schema = content.get("schema")
         if type(schema) is not int or schema != SCHEMA_VERSION:  # True is 1
             raise ValueError(f"field 'schema' is {schema}, expected {SCHEMA_VERSION}")
         del content["schema"]
@@ -161,15 +170,15 @@ def read_sidecar(generation: Path) -> Sidecar:
         raise IntegrityError(f"{path}: {error}", REBUILD) from error
 
 
-def check_generation(generation: Path, sidecar: Sidecar) -> None:
-    """Checks every file of a generation against its sidecar, as far as a search can wait for.
+def check_generation(generation: Path, sidecar: Sidecar, full: bool = False) -> None:
+    """Checks every file of a generation against its sidecar: every byte if `full`, else as far as a search can wait.
 
     Raises:
         IntegrityError: A file is missing or damaged.
     """
     for name, record in sidecar.files.items():
         path = generation / name
-        check_file(path, record, full=not _is_large(record))
+        check_file(path, record, full=full or not _is_large(record))
         if _is_large(record) and _ends_sha256(path) != sidecar.ends[name]:
             raise IntegrityError(f"{path}: its bytes changed since it was written (SHA-256 of its ends)", REBUILD)
 

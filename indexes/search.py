@@ -101,3 +101,49 @@ def _ranked(ids: Ids, scores: Float32) -> tuple[Ids, Float32]:
     order = np.lexsort((ids, -scores))
     order = order[ids[order] >= 0]
     return ids[order], scores[order]
+
+
+def stored_ids(generation: Path) -> Ids:
+    """Every id (n,) that a checked generation's index holds, in the order in which it holds them."""
+    import faiss
+
+    index = _read(generation / INDEX_FILE, read_sidecar(generation).report)
+    cells = _cells(faiss, index)
+    if cells is None:
+        ids: Ids = faiss.vector_to_array(index.id_map).astype(np.int64)
+        return ids
+    return np.concatenate([np.empty(0, np.int64), *(_ids_of(faiss, cells, i) for i in range(cells.nlist))])
+
+
+def stored_vectors(generation: Path, ids: Ids) -> tuple[str, Float32]:
+    """FAISS's name of how a checked generation's index codes vectors, and the vectors (n, D) of some of its ids."""
+    import faiss
+
+    report = read_sidecar(generation).report
+    index = _read(generation / INDEX_FILE, report)
+    cells = _cells(faiss, index)
+    vectors = np.zeros((len(ids), index.d), np.float32)
+    wanted = {identifier: row for row, identifier in enumerate(ids.tolist())}
+    if cells is None:
+        for at, identifier in enumerate(faiss.vector_to_array(index.id_map).tolist()):
+            if identifier in wanted:
+                vectors[wanted[identifier]] = index.index.reconstruct(at)
+    else:
+        ivf = faiss.extract_index_ivf(index)
+        for number in range(cells.nlist):
+            for at, identifier in enumerate(_ids_of(faiss, cells, number).tolist()):
+                if identifier in wanted:
+                    ivf.reconstruct_from_offset(number, at, faiss.swig_ptr(vectors[wanted[identifier]]))
+    return report.factory, vectors
+
+
+def _cells(faiss: Any, index: Any) -> Any:
+    """The cells of an IVF index; None for a flat one, which has an id map."""
+    ivf = faiss.try_extract_index_ivf(index)
+    return None if ivf is None else ivf.invlists
+
+
+def _ids_of(faiss: Any, cells: Any, number: int) -> Ids:
+    size = cells.list_size(number)
+    ids: Ids = np.array(faiss.rev_swig_ptr(cells.get_ids(number), size), np.int64) if size else np.empty(0, np.int64)
+    return ids

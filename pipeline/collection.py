@@ -1,9 +1,10 @@
 """A collection on disk: its configuration, who writes to it, what is in it and what became of every video.
 
     kitchen/
-      collection.json            configuration and encoder
+      collection.json            configuration and encoder (like every JSON file here, with a digest of itself)
       .lock                      held by the one writer; names it
       outcomes/000001.jsonl      commits, in order: a digest, the files each one brought, a row for every video in it
+      outcomes/FIRST             the first commit that counts, once `compact` wrote all before it anew
       frames/ features/ embeddings/SELECTION/   000001.h5, named after the commit that brought them
       embeddings/CURRENT         the selection in use
       index/                     generations (see indexes.generations)
@@ -14,25 +15,36 @@ removed by the next writer, so that every video is either wholly in the collecti
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-from pipeline.commits import EMBEDDINGS, FEATURES, FRAMES, Commit, Row, State
+from pipeline.commits import BLIND_STAGES, EMBEDDINGS, FEATURES, FRAMES, Commit, Row, State
 from pipeline.errors import IntegrityError, UsageError
-from pipeline.files import TEMPORARY_SUFFIX, FileRecord, check_file, write_bytes
+from pipeline.files import (
+    TEMPORARY_SUFFIX,
+    FileRecord,
+    check_file,
+    read_pointer,
+    read_sealed,
+    seal,
+    write_bytes,
+    write_pointer,
+)
 from pipeline.lock import LOCK_FILE, Lock
 from pipeline.types import TimedText, Video
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CONFIG_FILE = "collection.json"
+SELECTION_FILE = "selection.json"
 OUTCOMES = "outcomes"
 CURRENT = "CURRENT"
+FIRST = "FIRST"
+REPAIR = "Run 'fineco verify --repair' on the collection."
+Result = TypeVar("Result")
 SHOWN_COMMAND = 400  # characters: `fineco run *.mp4` may have ten thousand names
 
 
@@ -51,23 +63,29 @@ class Collection:
         self.folder = folder
         path = folder / CONFIG_FILE
         try:
-            content = json.loads(path.read_text("utf-8"))
+            content = read_sealed(path)
         except (FileNotFoundError, NotADirectoryError):
             raise UsageError(
                 f"{folder} is not a collection (it has no {CONFIG_FILE})",
                 f"Make one with 'fineco run VIDEOS -c {folder}'.",
             ) from None
         except (OSError, ValueError) as error:
-            raise IntegrityError(f"{path}: {error}") from error
+            raise IntegrityError(f"{path}: {error}", REPAIR) from error
         if (
-            not isinstance(content, dict)
-            or content.get("schema") != SCHEMA_VERSION
+            content.get("schema") != SCHEMA_VERSION
             or not isinstance(content.get("config"), dict)
             or not isinstance(content.get("encoder"), dict | None)
         ):
             raise IntegrityError(f"{path}: not the configuration of a collection of schema {SCHEMA_VERSION}")
         self.config: dict[str, Any] = content["config"]
         self.encoder: dict[str, Any] | None = content.get("encoder")
+
+    @classmethod
+    def without_config(cls, folder: Path) -> Collection:
+        """One whose `collection.json` is damaged, for what can be read all the same."""
+        collection = cls.__new__(cls)
+        collection.folder, collection.config, collection.encoder = folder, {}, None
+        return collection
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -90,19 +108,30 @@ class Collection:
     def create(cls, folder: Path, config: dict[str, Any]) -> Collection:
         """Makes an empty collection. Raises as `check_new`."""
         cls.check_new(folder)
-        _write_config(folder, config, None)
+        write_config(folder, config, None)
         return cls(folder)
 
     def update(self, config: dict[str, Any], encoder: dict[str, Any] | None) -> None:
         """Writes the configuration again, with what a later stage added to it."""
-        _write_config(self.folder, config, encoder)
+        write_config(self.folder, config, encoder)
         self.config, self.encoder = config, encoder
 
     # ------------------------------------------------------------------------------------------------- commits
 
-    def commit_numbers(self) -> list[int]:
-        """Numbers of the commits, in order."""
-        return sorted(int(p.stem) for p in (self.folder / OUTCOMES).glob("*.jsonl") if p.stem.isdigit())
+    def first_commit(self) -> int:
+        """Number of the first commit that counts: 1 before the first `compact`."""
+        path = self.folder / OUTCOMES / FIRST
+        try:
+            return int(read_pointer(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return 1
+        except (OSError, ValueError) as error:
+            raise IntegrityError(f"{path}: {error}", REPAIR) from error
+
+    def commit_numbers(self) -> range:
+        """Numbers of the commits that count, in order; also of one that is missing between two others."""
+        found = [int(p.stem) for p in (self.folder / OUTCOMES).glob("*.jsonl") if p.stem.isdecimal()]
+        return range(self.first_commit(), max(found, default=0) + 1)
 
     def read_commit(self, number: int) -> Commit:
         """One commit.
@@ -110,22 +139,15 @@ class Collection:
         Raises:
             IntegrityError: Its file is damaged.
         """
-        path = self.folder / OUTCOMES / f"{number:06d}.jsonl"
+        path = self.commit_path(number)
         try:
-            digest, _, body = path.read_bytes().partition(b"\n")
-            if json.loads(digest) != {"sha256": hashlib.sha256(body).hexdigest()}:
-                raise ValueError("its lines changed since they were written (SHA-256 differs)")
-            head, *lines = body.splitlines()
-            header = json.loads(head)
-            if header["schema"] != SCHEMA_VERSION:
-                raise ValueError(f"schema {header['schema']}, expected {SCHEMA_VERSION}")
-            files = {name: FileRecord(**record) for name, record in header["files"].items()}
-            rows = [Row.from_json(json.loads(line)) for line in lines]
-            return Commit(number, header["stage"], files, rows)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise IntegrityError(
-                f"{path}: {error}", "Restore it from a backup; 'fineco verify' lists all damage."
-            ) from error
+            return Commit.from_bytes(number, path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise IntegrityError(f"{path}: {getattr(error, 'strerror', None) or error}", REPAIR) from error
+
+    def commit_path(self, number: int) -> Path:
+        """The file of a commit."""
+        return self.folder / OUTCOMES / f"{number:06d}.jsonl"
 
     def commits(self) -> Iterator[Commit]:
         """Every commit, in order.
@@ -133,8 +155,18 @@ class Collection:
         Raises:
             IntegrityError: One is damaged or missing: its data files must not be taken for debris.
         """
-        for number in range(1, max(self.commit_numbers(), default=0) + 1):
+        for number in self.commit_numbers():
             yield self.read_commit(number)
+
+    def stable(self, read: Callable[[], Result]) -> Result:
+        """What `read` reads; again if a `compact` meanwhile took away the files it was about to open."""
+        while True:
+            first = self.first_commit()
+            try:
+                return read()
+            except IntegrityError:
+                if self.first_commit() == first:
+                    raise
 
     def state(self) -> State:
         """The merged commits."""
@@ -157,28 +189,31 @@ class Collection:
         """Name of the selection in use; None before the first."""
         path = self.folder / EMBEDDINGS / CURRENT
         try:
-            return path.read_text("utf-8").strip()
+            return read_pointer(path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise IntegrityError(f"{path}: {error}") from error
+            raise IntegrityError(f"{path}: {error}", REPAIR) from error
 
     def selection(self, name: str) -> dict[str, Any]:
         """What a selection was made with: selector, keep, topics."""
-        path = self.folder / EMBEDDINGS / name / "selection.json"
+        path = self.folder / EMBEDDINGS / name / SELECTION_FILE
         try:
-            content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            return read_sealed(path)
         except (OSError, ValueError) as error:
-            raise IntegrityError(f"{path}: {error}") from error
-        return content
+            raise IntegrityError(f"{path}: {error}", REPAIR) from error
+
+    def add_selection(self, name: str, content: dict[str, Any]) -> None:
+        """Writes what a selection is made with, if it is new."""
+        path = self.folder / EMBEDDINGS / name / SELECTION_FILE
+        if not path.exists():
+            write_bytes(path, seal(content))
 
     def use_selection(self, name: str, content: dict[str, Any]) -> None:
-        """Makes this the selection in use, and writes what it is made with if it is new."""
-        path = self.folder / EMBEDDINGS / name / "selection.json"
-        if not path.exists():
-            write_bytes(path, _json(content))
+        """Makes this the selection in use; writes it if it is new."""
+        self.add_selection(name, content)
         if self.current_selection() != name:
-            write_bytes(self.folder / EMBEDDINGS / CURRENT, f"{name}\n".encode())
+            write_pointer(self.folder / EMBEDDINGS / CURRENT, name)
 
     def writing(self, command: str) -> Writer:
         """Takes the lock (a context manager)."""
@@ -199,18 +234,21 @@ class Snapshot:
 
     def read(self) -> None:
         """Reads the commits (again)."""
-        self.state = State()
-        self.records: dict[str, FileRecord] = {}
+        self.state, self.records = self.collection.stable(self._read)
+
+    def _read(self) -> tuple[State, dict[str, FileRecord]]:
+        state, records = State(), dict[str, FileRecord]()
         for commit in self.collection.commits():
-            self.state.merge(commit)
-            self.records.update(commit.files)
+            state.merge(commit)
+            commit.merge_records(records)
+        return state, records
 
     def newer_texts(self, kind: str, video_ids: set[str]) -> dict[str, tuple[TimedText, ...]]:
         """Texts of some videos that were found after their data of this kind was made."""
         texts = {}
         places = self.state.places.get(kind, {})
         for commit in self.collection.commits():
-            if commit.stage == "select":  # which looks at no file
+            if commit.stage in BLIND_STAGES:
                 continue
             for row in commit.rows:
                 video_id = row.outcome.video_id
@@ -267,40 +305,48 @@ class Writer(Snapshot):
                     path.unlink(missing_ok=True)
         for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
             path.unlink(missing_ok=True)
+        first = self.collection.first_commit()
+        for path in (folder / OUTCOMES).glob("*.jsonl"):
+            if path.stem.isdecimal() and int(path.stem) < first:
+                path.unlink(missing_ok=True)
 
-    def commit(self, stage: str, rows: Sequence[Row], files: Iterable[tuple[str, Callable[[Path], FileRecord]]]) -> int:
+    def commit(
+        self,
+        stage: str,
+        rows: Sequence[Row],
+        files: Iterable[tuple[str, Callable[[Path], FileRecord]]],
+        lost: Sequence[str] = (),
+    ) -> int:
         """Writes data files, then the commit that names them; returns its number.
 
         Args:
             stage: The command's stage.
             rows: What became of each video; those that are ok are in every file.
             files: (kind, function that writes the file at a path and returns its record).
+            lost: Names of earlier data files that are damaged and do not count any more.
         """
         number = self.state.last_number + 1
         folder = self.collection.folder
         records = {f"{kind}/{number:06d}.h5": write for kind, write in files}
         written = {name: write(folder / name) for name, write in records.items()}
-        header = {
-            "schema": SCHEMA_VERSION,
-            "stage": stage,
-            "files": {name: asdict(record) for name, record in written.items()},
-        }
-        body = b"".join([_json(header), *(_json(row.to_json()) for row in rows)])
-        digest = _json({"sha256": hashlib.sha256(body).hexdigest()})
-        write_bytes(folder / OUTCOMES / f"{number:06d}.jsonl", digest + body)
-        self.records.update(written)
-        self.state.merge(Commit(number, stage, written, list(rows)))
+        commit = Commit(number, stage, written, list(rows), self._made_with(written), tuple(lost))
+        write_bytes(self.collection.commit_path(number), commit.to_bytes())
+        commit.merge_records(self.records)
+        self.state.merge(commit)
         return number
 
+    def _made_with(self, files: Iterable[str]) -> dict[str, Any]:
+        """What a damaged small file of the collection can be restored from."""
+        collection = self.collection
+        names = sorted({name.split("/")[1] for name in files if name.startswith(f"{EMBEDDINGS}/")})
+        selections = {n: collection.selection(n) for n in names}
+        return {"config": collection.config, "encoder": collection.encoder, "selections": selections}
 
-def _json(value: Any) -> bytes:
-    """One line of JSON; ASCII, so that any path survives (surrogates come back as they were)."""
-    return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
 
-
-def _write_config(folder: Path, config: dict[str, Any], encoder: dict[str, Any] | None) -> None:
+def write_config(folder: Path, config: dict[str, Any], encoder: dict[str, Any] | None) -> None:
+    """Writes `collection.json`."""
     content = {"schema": SCHEMA_VERSION, "config": config, "encoder": encoder}
-    write_bytes(folder / CONFIG_FILE, json.dumps(content, indent=2).encode("ascii") + b"\n")
+    write_bytes(folder / CONFIG_FILE, seal(content))
 
 
 def this_command() -> str:

@@ -65,12 +65,14 @@ class Sources:
     Attributes:
         features_of: A collection of the encoder that the model's head is built on: its features are not computed again.
             Without sources, its videos are meant.
+        again: Instead: videos as the collection knows them, whose data was lost.
     """
 
     sources: Sequence[str] = ()
     manifest: Path | None = None
     retry_failed: bool = False
     features_of: Path | None = None
+    again: Sequence[Video] = ()
 
     def check(self) -> None:
         """Raises UsageError for a source that is not there or has no videos, before anything is loaded or made."""
@@ -80,7 +82,7 @@ class Sources:
         return bool(self.sources or self.manifest)
 
 
-class _EncoderOnDemand:
+class EncoderOnDemand:
     """The collection's encoder, loaded when first needed: a command with nothing to do does not wait for it."""
 
     def __init__(
@@ -165,7 +167,7 @@ def _stream(
         share_sampling(config, base.collection)
     config.setdefault("exact_resize", False)
     plan = None if select is None else plan_selection(collection, select, False, config["model"])
-    get_encoder = _EncoderOnDemand(config, collection, machine, encoder)
+    get_encoder = EncoderOnDemand(config, collection, machine, encoder)
 
     def load_fitting() -> Encoder:
         """The encoder, once everything that has to fit it does."""
@@ -183,7 +185,7 @@ def _stream(
         load_fitting()  # a model that cannot be had, or a scorer of another, must not leave anything behind
     collection = collection or Collection.create(folder, config)
     with Interrupts() as interrupts, collection.writing(this_command()) as writer:
-        stored = base.videos(FEATURES) if base is not None else writer.videos(FRAMES)
+        stored = sources.again or (base.videos(FEATURES) if base is not None else writer.videos(FRAMES))
         todo = _todo(writer, sources, stored, FEATURES, machine, interrupts)
         if plan is not None:
             collection.use_selection(plan.name, plan.content)
@@ -236,7 +238,8 @@ def decode(
 ) -> Summary:
     """Decodes what is new and stores the sampled frames as JPEG in `frames/`, for `embed`. Raises as `run`."""
     collection = Collection(folder) if Collection.exists(folder) else None
-    sources.check()
+    if not sources.again:
+        sources.check()
     config = merge_config(collection.config if collection else {}, options)
     config.setdefault("frame_size", DEFAULT_FRAME_SIZE)
     set_sampling(config, None)
@@ -244,7 +247,7 @@ def decode(
     with Interrupts() as interrupts, collection.writing(this_command()) as writer:
         if collection.config != config:
             collection.update(config, collection.encoder)
-        todo = _todo(writer, sources, (), FRAMES, machine, interrupts)
+        todo = _todo(writer, sources, sources.again, FRAMES, machine, interrupts)
         if not todo.counts.to_do:
             return Summary(todo.counts)
         size = config["frame_size"]
@@ -268,21 +271,21 @@ def select(
     with Interrupts() as interrupts, collection.writing(this_command()) as writer:
         if not writer.state.places.get(FEATURES):
             raise UsageError(f"{folder} has no features to select from", "Run 'fineco run' or 'fineco embed' first.")
-        get_encoder = _EncoderOnDemand(collection.config, collection, machine, encoder)
+        get_encoder = EncoderOnDemand(collection.config, collection, machine, encoder)
+        collection.add_selection(plan.name, plan.content)
         n_selected = _select_missing(writer, plan, get_encoder, machine, interrupts)
         collection.use_selection(plan.name, plan.content)  # not before: an index of half of the videos helps nobody
         return n_selected
 
 
 def _select_missing(
-    writer: Writer, plan: SelectionPlan, get_encoder: _EncoderOnDemand, machine: Machine, interrupts: Interrupts
+    writer: Writer, plan: SelectionPlan, get_encoder: EncoderOnDemand, machine: Machine, interrupts: Interrupts
 ) -> int:
     if not count_unselected(writer, plan.name):
         return 0
 
     def make_selecting(any_text: bool) -> Selecting:
-        needed = plan.selector == "topics" or (plan.selector == "caption" and any_text)
-        return Selecting(plan, get_encoder() if needed else None)
+        return Selecting(plan, get_encoder() if plan.needs_encoder(any_text) else None)
 
     with machine.progress() as progress:
         return select_stored(writer, make_selecting, plan.name, progress, interrupts)

@@ -12,7 +12,16 @@ from pipeline.catalog import Known
 from pipeline.files import FileRecord
 from pipeline.types import Outcome, TimedText, Video
 
+COMMIT_SCHEMA = 2
 FRAMES, FEATURES, EMBEDDINGS, INDEX = "frames", "features", "embeddings", "index"
+
+BLIND_STAGES = ("select", "compact", "repair")  # work from what is stored, and have not looked where a file is now
+
+
+def place_of(name: str) -> tuple[str, int]:
+    """Kind of data and number of the commit of a data file: `embeddings/all/000003.h5` is ("embeddings/all", 3)."""
+    kind, _, stem = name.rpartition("/")
+    return kind, int(stem.partition(".")[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,7 @@ class Row:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Row:
+        row = {name: value for name, value in row.items() if name != "digest"}
         outcome = {name: row.pop(name) for name in Outcome.__slots__}
         outcome["notes"] = tuple(outcome["notes"])
         row["texts"] = tuple(TimedText(*text) for text in row["texts"])
@@ -63,12 +73,83 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One step of the collection: data files that came with it (relative name -> record), and its rows."""
+    """One step of the collection.
+
+    Attributes:
+        files: Data files that came with it: relative name -> record.
+        made_with: The collection's `config` and `encoder` at the time, and under `selections` what those in `files`
+            were made with: what `verify --repair` restores the small files of a collection from.
+        lost: Names of data files of earlier commits that were found damaged: they do not count any more.
+    """
 
     number: int
     stage: str
     files: dict[str, FileRecord]
     rows: list[Row]
+    made_with: dict[str, Any] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
+
+    def merge_records(self, records: dict[str, FileRecord]) -> None:
+        """Adds the commit's data files to those of the commits before it, and takes away what it says is lost."""
+        records.update(self.files)
+        for name in self.lost:
+            records.pop(name, None)
+
+    def to_bytes(self) -> bytes:
+        """The file of the commit: the SHA-256 of all lines behind the first, then its head and a line for every row.
+        Each of these ends in a digest of its own, so that damage to one line costs no other."""
+        head = {
+            "schema": COMMIT_SCHEMA,
+            "stage": self.stage,
+            "files": {name: asdict(record) for name, record in self.files.items()},
+            "made_with": self.made_with,
+            "lost": self.lost,
+        }
+        body = b"".join(_line(value) for value in (head, *(row.to_json() for row in self.rows)))
+        return _json({"sha256": hashlib.sha256(body).hexdigest()}) + body
+
+    @classmethod
+    def from_bytes(cls, number: int, data: bytes) -> Commit:
+        """Reads what `to_bytes` made.
+
+        Raises:
+            ValueError: It is anything else.
+        """
+        digest, _, body = data.partition(b"\n")
+        try:
+            if json.loads(digest) != {"sha256": hashlib.sha256(body).hexdigest()}:
+                raise ValueError("its lines changed since they were written (SHA-256 differs)")
+            return cls._from_lines(number, [json.loads(line) for line in body.splitlines()])
+        except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            raise ValueError(f"not a commit ({type(error).__name__}: {error})") from error
+
+    @classmethod
+    def salvage(cls, number: int, data: bytes) -> tuple[Commit | None, list[Row]]:
+        """What a damaged file still holds: the commit without its rows (None: that line is damaged too), and the rows
+        whose own digests are right."""
+        head: Commit | None = None
+        rows: list[Row] = []
+        for line in data.split(b"\n"):
+            try:
+                value = json.loads(line)
+                if _line({name: value[name] for name in value if name != "digest"}) != line + b"\n":
+                    continue
+                if "files" in value:
+                    head = cls._from_lines(number, [value])
+                else:
+                    rows.append(Row.from_json(value))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                continue
+        return head, rows
+
+    @classmethod
+    def _from_lines(cls, number: int, lines: list[Any]) -> Commit:
+        head, *rows = lines
+        if head["schema"] != COMMIT_SCHEMA:
+            raise ValueError(f"schema {head['schema']}, expected {COMMIT_SCHEMA}")
+        files = {name: FileRecord(**record) for name, record in head["files"].items()}
+        parsed = [Row.from_json(row) for row in rows]
+        return cls(number, head["stage"], files, parsed, head["made_with"], tuple(head["lost"]))
 
 
 @dataclass(slots=True)
@@ -102,9 +183,11 @@ class State:
     def merge(self, commit: Commit) -> None:
         """Takes the next commit into account."""
         kinds = [name.rpartition("/")[0] for name in commit.files]
+        for name in commit.lost:
+            self._forget_file(*place_of(name))
         for row in commit.rows:
             outcome = row.outcome
-            if outcome.stage != "select":  # which works from features, and has not looked where the file is now
+            if outcome.stage not in BLIND_STAGES:
                 self._see(commit.number, row)
             if outcome.status == "ok":
                 texts = _texts_hash(row.texts)
@@ -134,6 +217,11 @@ class State:
             self.paths[outcome.video_id] = outcome.path
         elif outcome.status == "removed" and self.paths.get(outcome.video_id) == outcome.path:
             del self.paths[outcome.video_id]
+
+    def _forget_file(self, kind: str, number: int) -> None:
+        places = self.places.get(kind, {})
+        for video_id in [v for v, place in places.items() if place.commit == number]:
+            del places[video_id]
 
     def _forget_captions(self, video_id: str) -> None:
         """What was selected by a video's texts is to be selected anew when they change."""
@@ -166,3 +254,13 @@ class State:
 def _texts_hash(texts: tuple[TimedText, ...]) -> int:
     content = json.dumps([[t.text, t.start_seconds, t.end_seconds] for t in texts]).encode()
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    """One line of JSON; ASCII, so that any path survives (surrogates come back as they were)."""
+    return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    digest = hashlib.blake2b(_json(value), digest_size=8).hexdigest()
+    return _json({**value, "digest": digest})

@@ -59,6 +59,10 @@ class SelectionPlan:
     content: dict[str, Any]
     scorer: Path | None = None  # its file, for the selector of that name
 
+    def needs_encoder(self, any_text: bool) -> bool:
+        """Whether texts have to be encoded, of videos of which some or none (`any_text`) have any."""
+        return self.selector == "topics" or (self.selector == "caption" and any_text)
+
 
 def sampling_of(config: dict[str, Any]) -> Sampling:
     """The sampling a collection was made with."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import FinecoError, IntegrityError
 
@@ -99,3 +101,47 @@ def write_bytes(path: Path, data: bytes) -> FileRecord:
 
 def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
+
+
+def seal(content: dict[str, Any]) -> bytes:
+    """A JSON object as text that begins with the SHA-256 of the rest, so that any change of the file is noticed."""
+    sha256 = hashlib.sha256(json.dumps(content, indent=2).encode()).hexdigest()
+    return json.dumps({"sha256": sha256, **content}, indent=2).encode() + b"\n"
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `seal` made into a file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is not what was written.
+    """
+    data = path.read_bytes()
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(content, dict) or "sha256" not in content:
+        raise ValueError("it has no SHA-256 of itself: not written by this version of fineco")
+    del content["sha256"]
+    if seal(content) != data:
+        raise ValueError("its text changed since it was written (its SHA-256 differs)")
+    return content
+
+
+def write_pointer(path: Path, name: str) -> None:
+    """Makes a file that names what is in use: the name on its first line, the SHA-256 of it on the second."""
+    write_bytes(path, f"{name}\n{hashlib.sha256(name.encode()).hexdigest()}\n".encode())
+
+
+def read_pointer(path: Path) -> str:
+    """The name that `write_pointer` wrote.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is not what was written.
+    """
+    name, _, digest = path.read_bytes().partition(b"\n")
+    if digest != hashlib.sha256(name).hexdigest().encode() + b"\n":
+        raise ValueError("its text changed since it was written (its SHA-256 differs)")
+    return name.decode()

@@ -22,7 +22,12 @@ KEPT_GENERATIONS = 2  # a search that has the last one open goes on
 
 
 def build_collection_index(
-    writer: Writer, kind: str, memory_bytes: int | None, say: Callable[[str], None], force: bool = False
+    writer: Writer,
+    kind: str,
+    memory_bytes: int | None,
+    say: Callable[[str], None],
+    force: bool = False,
+    bury: bool = True,
 ) -> IndexReport | None:
     """Builds a generation from the selection in use; returns None when the current one is up to date.
 
@@ -33,6 +38,8 @@ def build_collection_index(
         kind: `auto`, `flat` or `ivf`.
         memory_bytes: What the index may take when searched; None: a share of what is free.
         say: Gets the plan, and notes.
+        force: Also when the current one is up to date.
+        bury: Whether to look which videos are gone.
 
     Raises:
         UsageError: Nothing is selected yet.
@@ -43,7 +50,8 @@ def build_collection_index(
     encoder = collection.encoder
     if selection is None or encoder is None:
         raise UsageError(f"{collection.folder} has no selected frames to index", "Run 'fineco run' or 'fineco select'.")
-    _bury_missing(writer, say)
+    if bury:
+        _bury_missing(writer, say)
     alive = writer.state.indexable(selection)
     if not alive:
         raise UsageError("there is no video to index", "Run 'fineco failures' to see what went wrong with them.")

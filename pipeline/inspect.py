@@ -1,8 +1,7 @@
-"""What is in a collection, what failed, and whether every byte is as it was written."""
+"""What is in a collection, and what failed; and what this machine is like."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict
@@ -10,31 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from indexes.generations import current_generation, read_sidecar
-from pipeline import store
-from pipeline.collection import Collection
-from pipeline.commits import EMBEDDINGS, FEATURES, FRAMES, INDEX, Row, State
+from pipeline.collection import Collection, Snapshot
+from pipeline.commits import BLIND_STAGES, EMBEDDINGS, FEATURES, FRAMES, INDEX, Row
 from pipeline.config import sampling_of
 from pipeline.doctor import examine, problems
-from pipeline.errors import FinecoError, IntegrityError, UsageError
-from pipeline.files import FileRecord, check_file
+from pipeline.errors import FinecoError, UsageError
 from pipeline.output import format_table, number_of, to_csv, to_json, visible
-from pipeline.search import LOOKUP_FILE
-
-SHARDS: dict[str, type[store.Shard]] = {
-    FRAMES: store.FramesShard,
-    FEATURES: store.FeaturesShard,
-    EMBEDDINGS: store.EmbeddingsShard,
-}
 
 
 def status_of(folder: Path) -> dict[str, Any]:
     """What a collection holds, as plain values."""
     collection = Collection(folder)
-    state = State()
-    records: dict[str, FileRecord] = {}
-    for commit in collection.commits():
-        state.merge(commit)
-        records.update(commit.files)
+    snapshot = Snapshot(collection)
+    state, records = snapshot.state, snapshot.records
     statuses = Counter(status for _, _, status, _ in state.latest.values())
     codes = Counter(code for _, _, status, code in state.latest.values() if status == "failed")
     selection = collection.current_selection()
@@ -101,13 +88,20 @@ def failures_of(folder: Path, skipped: bool) -> list[Row]:
     """The last word on every path whose last word is a failure, sorted by path."""
     collection = Collection(folder)
     wanted = ("failed", "skipped") if skipped else ("failed",)
-    latest: dict[str, Row] = {}
-    for commit in collection.commits():
-        for row in commit.rows:
-            if row.outcome.status in wanted:
-                latest[row.outcome.path] = row
-            else:
-                latest.pop(row.outcome.path, None)
+
+    def read() -> dict[str, Row]:
+        latest: dict[str, Row] = {}
+        for commit in collection.commits():
+            for row in commit.rows:
+                if row.outcome.stage in BLIND_STAGES:
+                    continue
+                if row.outcome.status in wanted:
+                    latest[row.outcome.path] = row
+                else:
+                    latest.pop(row.outcome.path, None)
+        return latest
+
+    latest = collection.stable(read)
     return [latest[path] for path in sorted(latest)]
 
 
@@ -125,108 +119,6 @@ def failures_text(rows: list[Row], form: str) -> str:
     if not outcomes:
         return "no failures\n"
     return format_table([[o.code, o.stage, o.message, o.path] for o in outcomes], ["code", "stage", "why", "path"])
-
-
-def verify_collection(folder: Path) -> dict[str, Any]:
-    """Reads and checks everything; returns the problems and a digest of the content.
-
-    The digest covers ids, contents, times, features, selections and vectors of every video, in order of id, and nothing
-    of how or when they were made.
-    """
-    collection = Collection(folder)
-    found: list[str] = []
-    state = State()
-    records: dict[str, FileRecord] = {}
-    for number in range(1, max(collection.commit_numbers(), default=0) + 1):  # one that is missing is damage too
-        try:
-            commit = collection.read_commit(number)
-        except IntegrityError as error:
-            found.append(error.message)
-            continue
-        state.merge(commit)
-        records.update(commit.files)
-    lines: list[bytes] = []
-    for name, record in sorted(records.items()):
-        try:
-            check_file(folder / name, record)
-            lines += _shard_lines(folder / name, name, state)
-        except FinecoError as error:
-            found.append(error.message)
-    try:
-        if selection := collection.current_selection():
-            collection.selection(selection)
-    except FinecoError as error:
-        found.append(error.message)
-    n_index = _verify_index(folder, found)
-    digest = hashlib.sha256(b"".join(sorted(lines))).hexdigest()
-    return {
-        "collection": str(folder),
-        "files": len(records),
-        "bytes": sum(record.size_bytes for record in records.values()),
-        "videos": len(state.paths),
-        "indexed": n_index,
-        "digest": digest,
-        "problems": found,
-    }
-
-
-def _shard_lines(path: Path, name: str, state: State) -> list[bytes]:
-    """A line for every video whose latest data is in this shard: what it is and a digest of its rows."""
-    kind, _, stem = name.rpartition("/")
-    lines = []
-    with SHARDS[kind.partition("/")[0]](path) as shard:
-        for row, video_id in enumerate(shard.video_ids):
-            if state.places[kind].get(video_id) and state.places[kind][video_id].commit == int(stem.partition(".")[0]):
-                lines.append(f"{video_id} {shard.contents[row]} {kind} {_row_digest(shard, row)}\n".encode())
-    return lines
-
-
-def _row_digest(shard: store.Shard, row: int) -> str:
-    digest = hashlib.sha256()
-    if isinstance(shard, store.FramesShard):
-        frames = shard.frames(row)
-        digest.update(frames.pts_seconds.tobytes())
-        for jpeg in frames.jpegs:
-            digest.update(jpeg)
-    elif isinstance(shard, store.FeaturesShard):
-        features = shard.features(row)
-        digest.update(features.pts_seconds.tobytes() + features.features.tobytes())
-    elif isinstance(shard, store.EmbeddingsShard):
-        embedding = shard.embedding(row)
-        for array in (embedding.vector, embedding.features, embedding.pts_seconds, embedding.scores):
-            digest.update(array.tobytes())
-        digest.update(embedding.selector.encode())
-    return digest.hexdigest()
-
-
-def _verify_index(folder: Path, found: list[str]) -> int | None:
-    """Checks the index in use; returns how many videos it holds, None when there is none."""
-    if not (folder / INDEX).exists():
-        return None
-    try:
-        generation = current_generation(folder / INDEX)
-        sidecar = read_sidecar(generation)
-        for name, record in sidecar.files.items():
-            check_file(generation / name, record)
-        with store.Lookup(generation / LOOKUP_FILE) as lookup:
-            if len(lookup) != sidecar.report.n_vectors:
-                found.append(f"{generation}: {len(lookup)} videos, {sidecar.report.n_vectors} vectors")
-        return sidecar.report.n_vectors
-    except FinecoError as error:
-        found.append(error.message)
-        return None
-
-
-def verify_text(content: dict[str, Any]) -> str:
-    """The verification for a person."""
-    indexed = "no index" if content["indexed"] is None else f"{content['indexed']} in the index"
-    files, videos = number_of(content["files"], "file"), number_of(content["videos"], "video")
-    found = content["problems"]
-    lines = [f"{files}, {content['bytes'] / 1e6:.1f} MB, {videos}, {indexed}"]
-    lines += [f"problem: {visible(problem)}" for problem in found]
-    lines.append(number_of(len(found), "problem") if found else "everything is as it was written")
-    lines.append(f"digest {content['digest']}")
-    return "\n".join(lines) + "\n"
 
 
 def doctor_report(as_json: bool) -> tuple[str, bool]:

@@ -29,6 +29,7 @@ def select_stored(
     selection: str,
     progress: Progress,
     interrupts: Interrupts,
+    only: set[str] | None = None,
 ) -> int:
     """Selects frames of every video that has features but lacks this selection; returns how many.
 
@@ -36,19 +37,22 @@ def select_stored(
 
     Args:
         make_selecting: Called with whether any text has to be encoded, which is when the encoder must be loaded.
+        only: Ids of the videos that are meant; None: all.
 
     Raises:
         Interrupted: After the shard in progress was written.
     """
     missing = _unselected(writer, selection)
+    if only is not None:
+        missing &= only
     if not missing:
         return 0
     progress.set_total(len(missing))
     newer_texts = writer.newer_texts(FEATURES, missing)
     selecting: Selecting | None = None
-    for number in writer.collection.commit_numbers():
-        commit = writer.collection.read_commit(number)
-        if f"{FEATURES}/{number:06d}.h5" not in commit.files:
+    for commit in writer.collection.commits():
+        number = commit.number
+        if f"{FEATURES}/{number:06d}.h5" not in writer.records:
             continue
         rows = _rows_to_select(writer, commit, missing, newer_texts)
         if not rows:

@@ -3,7 +3,9 @@
 A shard is written once and never changed: built in memory, then written as bytes through `files.write_file` (temporary
 name, fsync, rename). So a full disk is an ordinary error; HDF5 itself left zeros and crashed at exit. Datasets
 are contiguous, ragged rows lie end to end with offsets. The reader trusts nothing: fixed names, hard links only, no
-external or virtual storage, expected types and ranks, and no more bytes than the file has.
+external or virtual storage, expected types and ranks, and no more bytes than the file has. Each video's rows carry a
+digest of their own, checked whenever they are read: a search reads a few videos out of many shards and cannot wait for
+the digests of whole files.
 
     frames/N.h5                  what `decode` leaves: the sampled frames as JPEG
     features/N.h5                what `embed` leaves: features of every sampled frame, float16
@@ -13,6 +15,7 @@ external or virtual storage, expected types and ranks, and no more bytes than th
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,11 +29,12 @@ from numpy.typing import NDArray
 
 from pipeline.errors import IntegrityError
 from pipeline.files import FileRecord, write_bytes
-from pipeline.types import Float32, Float64, FrameFeatures, UInt8, VideoEmbedding
+from pipeline.types import Float32, Float64, FrameFeatures, UInt8, VideoEmbedding, check_times
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ID_BYTES = 128  # a manifest's longest id
 CONTENT_BYTES = 32
+ROW_DIGEST_BYTES = 16
 
 Array = NDArray[Any]
 Made = TypeVar("Made")
@@ -44,7 +48,11 @@ _VIDEOS: dict[str, tuple[str, int]] = {
     "pts_seconds": ("<f8", 1),
     "span_seconds": ("<f8", 1),
     "duration_seconds": ("<f8", 1),
+    "row_digests": ("|u1", 2),
 }
+# How a video's part of a dataset is found: by its row, by its frames' rows, or not at all.
+_BY_VIDEO = ("video_ids", "contents", "span_seconds", "duration_seconds", "vectors", "n_frames", "selectors")
+_BY_FRAME = ("pts_seconds", "features", "scores")
 FRAMES: Schema = {**_VIDEOS, "jpeg": ("|u1", 1), "jpeg_offsets": ("<i8", 1)}
 FEATURES: Schema = {**_VIDEOS, "features": ("<f2", 2)}
 EMBEDDINGS: Schema = {
@@ -98,14 +106,49 @@ def write_shard(path: Path, kind: str, schema: Schema, arrays: Mapping[str, Arra
     Raises:
         FinecoError: The disk refuses; nothing is left under the name.
     """
+    columns = {n: np.ascontiguousarray(arrays[n], dtype=t) for n, (t, _) in schema.items() if n != "row_digests"}
+    if "row_digests" in schema:
+        columns["row_digests"] = _row_digests(kind, columns)
     with h5py.File(path.name, "w", driver="core", backing_store=False, libver="v110", track_order=True) as file:
         file.attrs["kind"] = kind
         file.attrs["schema"] = SCHEMA_VERSION
-        for name, (dtype, _) in schema.items():
-            file.create_dataset(name, data=np.ascontiguousarray(arrays[name], dtype=dtype), track_times=False)
+        for name in schema:
+            file.create_dataset(name, data=columns[name], track_times=False)
         file.flush()
         image = file.id.get_file_image()
     return write_bytes(path, image)
+
+
+def _pieces_of(row: int, columns: Mapping[str, Any], offsets: NDArray[np.int64]) -> dict[str, Array]:
+    """A video's part of every column (arrays, or datasets of an open file), in the order of the schema."""
+    where = slice(int(offsets[row]), int(offsets[row + 1]))
+    pieces = {}
+    for name, column in columns.items():
+        if name in _BY_VIDEO:
+            pieces[name] = np.asarray(column[row : row + 1])
+        elif name in _BY_FRAME:
+            pieces[name] = np.asarray(column[where])
+        elif name == "jpeg_offsets":
+            ends = np.asarray(column[where.start : where.stop + 1])
+            pieces["jpeg"] = np.asarray(columns["jpeg"][int(ends[0]) : int(ends[-1])])
+            pieces[name] = ends - ends[0]
+    return pieces
+
+
+def _digest_of(kind: str, pieces: Mapping[str, Array]) -> bytes:
+    """What a video's rows hold, in 16 bytes: the same wherever the rows lie, and in whichever file."""
+    digest = hashlib.blake2b(kind.encode(), digest_size=ROW_DIGEST_BYTES)
+    for name, piece in pieces.items():
+        digest.update(f" {name} {len(piece)} ".encode())
+        digest.update(np.ascontiguousarray(piece).data.cast("B") if piece.size else b"")
+    return digest.digest()
+
+
+def _row_digests(kind: str, columns: Mapping[str, Array]) -> UInt8:
+    """(V, 16) digests of the rows of every video."""
+    offsets = columns["offsets"]
+    digests = [_digest_of(kind, _pieces_of(row, columns, offsets)) for row in range(len(offsets) - 1)]
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, ROW_DIGEST_BYTES)
 
 
 def _video_arrays(videos: Sequence[StoredVideo], times: Sequence[Float64], spans: Sequence[float]) -> dict[str, Array]:
@@ -154,7 +197,30 @@ def write_embeddings(path: Path, rows: Sequence[tuple[StoredVideo, VideoEmbeddin
     return write_shard(path, "embeddings", EMBEDDINGS, arrays)
 
 
+def copy_rows(path: Path, rows: Sequence[Rows]) -> FileRecord:
+    """Writes rows that `Shard.rows` read, out of one or more shards of one kind, as they are."""
+    kind = rows[0].kind
+    arrays: dict[str, Array] = {"offsets": _offsets([len(r.pieces["pts_seconds"]) for r in rows])}
+    for name in rows[0].pieces:
+        arrays[name] = np.concatenate([r.pieces[name] for r in rows])
+    if "jpeg_offsets" in arrays:
+        arrays["jpeg_offsets"] = _offsets(np.concatenate([np.diff(r.pieces["jpeg_offsets"]) for r in rows]).tolist())
+    return write_shard(path, kind, _TYPES[kind].schema, arrays)
+
+
 # ------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Rows:
+    """What a shard of some kind holds of one video: its part of every column."""
+
+    kind: str
+    pieces: dict[str, Array]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces.values())
 
 
 class Shard:
@@ -222,7 +288,9 @@ class Shard:
         self.contents = [x.decode("ascii") for x in get["contents"][:].tolist()]
         self.spans: Float64 = get["span_seconds"][:]
         self.durations: Float64 = get["duration_seconds"][:]
-        if {len(x) for x in (self.video_ids, self.contents, self.spans, self.durations)} != {n_videos}:
+        self._row_digests: UInt8 = get["row_digests"][:]
+        columns = (self.video_ids, self.contents, self.spans, self.durations, self._row_digests)
+        if {len(x) for x in columns} != {n_videos} or self._row_digests.shape[1] != ROW_DIGEST_BYTES:
             raise ValueError("columns of different lengths")
         _check_offsets("offsets", self.offsets, len(get["pts_seconds"]))
         self._check_lengths()
@@ -242,16 +310,29 @@ class Shard:
         """Identity and length of the video in a row."""
         return StoredVideo(self.video_ids[row], self.contents[row], float(self.durations[row]))
 
-    def _slice(self, row: int) -> slice:
-        return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+    def check_row(self, row: int) -> None:
+        """Raises IntegrityError unless a video's rows are as they were written, and sound."""
+        raise NotImplementedError
 
-    def _make(self, row: int, make: Callable[[], Made]) -> Made:
-        """Calls `make`; what it objects to is damage in this file."""
+    def rows(self, row: int) -> Rows:
+        """What there is of one video, checked, for `copy_rows`."""
+        self.check_row(row)
+        return Rows(self.kind, _pieces_of(row, self._datasets, self.offsets))
+
+    def row_digest(self, row: int) -> bytes:
+        """The stored digest of a video's rows: equal for equal content of the same kind."""
+        return bytes(self._row_digests[row])
+
+    def _make(self, row: int, make: Callable[[dict[str, Array]], Made]) -> Made:
+        """Calls `make` with the video's checked part of every column; what it objects to is damage in this file."""
         try:
-            return make()
+            pieces = _pieces_of(row, self._datasets, self.offsets)
+            if _digest_of(self.kind, pieces) != self.row_digest(row):
+                raise ValueError("its rows changed since they were written (their digest differs)")
+            return make(pieces)
         except (ValueError, OSError) as error:
             raise IntegrityError(
-                f"{self.path}: video {self.video_ids[row]}: {error}", "Run 'fineco verify'."
+                f"{self.path}: video {self.video_ids[row]}: {error}", "Run 'fineco verify' on the collection."
             ) from error
 
 
@@ -272,13 +353,18 @@ class FramesShard(Shard):
         if len(self._jpeg_offsets) != self.offsets[-1] + 1:
             raise ValueError("jpeg_offsets do not fit the frames")
 
+    def check_row(self, row: int) -> None:
+        self.frames(row)
+
     def frames(self, row: int) -> StoredFrames:
         """The frames of one video."""
-        where = self._slice(row)
-        ends = self._jpeg_offsets[where.start : where.stop + 1]
-        data: UInt8 = self._datasets["jpeg"][int(ends[0]) : int(ends[-1])]
-        jpegs = [data[a - ends[0] : b - ends[0]].tobytes() for a, b in pairwise(ends)]
-        return StoredFrames(self.video(row), jpegs, self._datasets["pts_seconds"][where], float(self.spans[row]))
+
+        def make(pieces: dict[str, Array]) -> StoredFrames:
+            check_times("pts_seconds", pieces["pts_seconds"], len(pieces["jpeg_offsets"]) - 1)
+            jpegs = [pieces["jpeg"][a:b].tobytes() for a, b in pairwise(pieces["jpeg_offsets"].tolist())]
+            return StoredFrames(self.video(row), jpegs, pieces["pts_seconds"], float(self.spans[row]))
+
+        return self._make(row, make)
 
 
 class FeaturesShard(Shard):
@@ -294,15 +380,17 @@ class FeaturesShard(Shard):
         """Length of a row of features."""
         return int(self._datasets["features"].shape[1])
 
+    def check_row(self, row: int) -> None:
+        self.features(row)
+
     def features(self, row: int) -> FrameFeatures:
         """The features of one video, float32."""
-        where, get = self._slice(row), self._datasets
         return self._make(
             row,
-            lambda: FrameFeatures(
+            lambda pieces: FrameFeatures(
                 self.video_ids[row],
-                get["features"][where].astype(np.float32),
-                get["pts_seconds"][where],
+                pieces["features"].astype(np.float32),
+                pieces["pts_seconds"],
                 float(self.spans[row]),
             ),
         )
@@ -334,25 +422,32 @@ class EmbeddingsShard(Shard):
         self._check_length(int(self.offsets[-1]), "features", "scores")
         self._check_length(len(self), "vectors", "n_frames", "selectors")
 
+    @property
+    def dim(self) -> int:
+        """Length of a vector and of a row of features."""
+        return int(self._datasets["vectors"].shape[1])
+
     def vectors(self) -> Float32:
-        """(V, D) pooled unit vectors."""
+        """(V, D) pooled unit vectors. The digest of the whole file is for the caller to check."""
         vectors: Float32 = self._datasets["vectors"][:]
         return vectors
 
+    def check_row(self, row: int) -> None:
+        self.embedding(row)
+
     def embedding(self, row: int) -> VideoEmbedding:
         """Everything the store has of one video."""
-        where, get = self._slice(row), self._datasets
         return self._make(
             row,
-            lambda: VideoEmbedding(
+            lambda pieces: VideoEmbedding(
                 self.video_ids[row],
-                get["vectors"][row],
-                get["features"][where].astype(np.float32),
-                get["pts_seconds"][where],
-                get["scores"][where],
+                pieces["vectors"][0],
+                pieces["features"].astype(np.float32),
+                pieces["pts_seconds"],
+                pieces["scores"],
                 float(self.spans[row]),
-                int(get["n_frames"][row]),
-                get["selectors"][row].decode("ascii"),
+                int(pieces["n_frames"][0]),
+                pieces["selectors"][0].decode("ascii"),
             ),
         )
 
@@ -363,16 +458,16 @@ class Lookup(Shard):
     kind, schema = "lookup", LOOKUP
 
     def _read_videos(self) -> None:
-        self._ids: NDArray[np.int64] = self._datasets["ids"][:]
-        if np.any(self._ids[1:] <= self._ids[:-1]):
+        self.ids: NDArray[np.int64] = self._datasets["ids"][:]
+        if np.any(self.ids[1:] <= self.ids[:-1]):
             raise ValueError("ids are not sorted and unique")
-        self._check_length(len(self._ids), "shards", "rows")
-        self._check_length(len(self._ids) + 1, "path_offsets")
+        self._check_length(len(self.ids), "shards", "rows")
+        self._check_length(len(self.ids) + 1, "path_offsets")
         self._path_offsets: NDArray[np.int64] = self._datasets["path_offsets"][:]
         _check_offsets("path_offsets", self._path_offsets, len(self._datasets["paths"]))
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self.ids)
 
     def find(self, identifier: int) -> tuple[int, int, str]:
         """(shard number, row, path) of an id.
@@ -380,12 +475,20 @@ class Lookup(Shard):
         Raises:
             IntegrityError: The index holds an id that this file does not.
         """
-        at = int(np.searchsorted(self._ids, identifier))
-        if at == len(self._ids) or self._ids[at] != identifier:
+        at = int(np.searchsorted(self.ids, identifier))
+        if at == len(self.ids) or self.ids[at] != identifier:
             raise IntegrityError(f"{self.path}: no id {identifier}, which the index holds", "Run 'fineco index'.")
         start, stop = self._path_offsets[at : at + 2].tolist()
         path = bytes(self._datasets["paths"][start:stop]).decode("utf-8", "surrogateescape")
         return int(self._datasets["shards"][at]), int(self._datasets["rows"][at]), path
+
+    def places(self) -> dict[int, list[tuple[int, int]]]:
+        """Shard number -> (row, id) of every video in it."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        columns = (self._datasets["shards"][:].tolist(), self._datasets["rows"][:].tolist(), self.ids.tolist())
+        for number, row, identifier in zip(*columns, strict=True):
+            found.setdefault(number, []).append((row, identifier))
+        return found
 
 
 def write_lookup(path: Path, rows: Sequence[tuple[int, int, int, str]]) -> FileRecord:
@@ -400,3 +503,11 @@ def write_lookup(path: Path, rows: Sequence[tuple[int, int, int, str]]) -> FileR
         "path_offsets": _offsets([len(p) for p in paths]),
     }
     return write_shard(path, "lookup", LOOKUP, arrays)
+
+
+_TYPES: dict[str, type[Shard]] = {t.kind: t for t in (FramesShard, FeaturesShard, EmbeddingsShard)}
+
+
+def open_shard(kind: str, path: Path) -> Any:
+    """A shard of a kind of data as collections name them: `frames`, `features`, `embeddings/SELECTION`."""
+    return _TYPES[kind.partition("/")[0]](path)

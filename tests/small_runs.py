@@ -13,10 +13,10 @@ from pipeline.collection import Collection
 from pipeline.commands import Machine, Sources
 from pipeline.commits import EMBEDDINGS, FEATURES
 from pipeline.config import EmbedOptions, SelectOptions
-from pipeline.inspect import verify_collection
 from pipeline.run import Summary
 from pipeline.sampling import Sampling
 from pipeline.types import FrameFeatures, VideoEmbedding
+from pipeline.verify import verify_collection
 from videos import encode_video
 
 FPS5 = EmbedOptions(sampling=Sampling("fps", 5.0))

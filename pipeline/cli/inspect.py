@@ -7,7 +7,16 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.options import Context, cli, collection_option, format_option, json_option, machine_from
+from pipeline.cli.options import (
+    SOME_FAILED,
+    Context,
+    cli,
+    collection_option,
+    device_option,
+    format_option,
+    json_option,
+    machine_from,
+)
 
 
 @cli.command()
@@ -37,17 +46,41 @@ def failures(folder: Path, form: str, skipped: bool) -> None:
 @cli.command()
 @collection_option
 @json_option
-def verify(folder: Path, as_json: bool) -> None:
+@click.option("--digest", "only_digest", is_flag=True, help="Print only the digest.")
+@click.option("--repair", is_flag=True, help="Mend what is damaged: make again just what cannot be saved.")
+@device_option
+@click.pass_obj
+def verify(context: Context, folder: Path, as_json: bool, only_digest: bool, repair: bool, device: str) -> None:
     """Check every byte of a collection, and print a digest of it.
 
-    Exits 1 when something is damaged, and names the file. Two collections with the same videos, features and selection
-    have the same digest, however they came about.
-    """
-    from pipeline.inspect import verify_collection, verify_text
-    from pipeline.output import to_json, write_stdout
+    Digests, ids, offsets, dimensions, norms, and the index against the store. Exits 1 when something is damaged, and
+    names the file. Two collections with the same videos, features and selections have the same digest, however the work
+    was split.
 
-    content = verify_collection(folder)
-    write_stdout(to_json(content) if as_json else verify_text(content))
+    --repair keeps all that is whole, in a damaged file too, and makes the rest again from the videos, which must be
+    there unchanged. It exits 3 when a video is not.
+    """
+    from pipeline.output import to_json, write_stdout
+    from pipeline.verify import verification, verify_collection, verify_text
+
+    hopeless: list[str] = []
+    if repair:
+        from pipeline.repair import repair_collection
+
+        found, hopeless = repair_collection(folder, machine_from(context, device))
+        content = verification(found)
+        for line in hopeless:
+            context.say(f"cannot be made again: {line}")
+    else:
+        content = verify_collection(folder)
+    if only_digest:
+        for problem in content["problems"]:
+            context.say(f"problem: {problem}")
+        write_stdout(f"{content['digest']}\n")
+    else:
+        write_stdout(to_json(content) if as_json else verify_text(content))
+    if hopeless:
+        sys.exit(SOME_FAILED)
     if content["problems"]:
         sys.exit(1)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.collection import Collection
-from pipeline.inspect import verify_collection
+from pipeline.verify import verify_collection
 from videos import encode_video
 
 N_VIDEOS = 12

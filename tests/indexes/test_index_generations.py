@@ -29,6 +29,7 @@ from indexes.generations import (
 from indexes.plan import IndexPlan, plan_index
 from indexes.search import VectorIndex
 from pipeline.errors import FinecoError, IntegrityError, UsageError
+from pipeline.files import seal, write_pointer
 from pipeline.types import Float32
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +42,11 @@ def make_vectors(n: int, seed: int = 0) -> tuple[np.ndarray[Any, np.dtype[np.int
     rows = rng.standard_normal((n, DIM))
     ids = rng.permutation(n).astype(np.int64) + 2**60
     return ids, (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def rewrite(path: Path, content: dict[str, Any]) -> None:
+    """Writes a sidecar that says something else, with the right digest of itself."""
+    path.write_bytes(seal({name: value for name, value in content.items() if name != "sha256"}))
 
 
 def publish(folder: Path, n: int = 300, seed: int = 0, nlist: int = 0) -> Path:
@@ -88,7 +94,7 @@ def test_places_that_faiss_cannot_fill_are_left_out(tmp_path: Path) -> None:
     generation = publish(tmp_path, nlist=8)
     sidecar = json.loads((generation / SIDECAR_FILE).read_text())
     sidecar["report"]["nprobe"] = 1  # one cell does not hold 200 vectors
-    (generation / SIDECAR_FILE).write_text(json.dumps(sidecar))
+    rewrite(generation / SIDECAR_FILE, sidecar)
     ((ids, scores),) = VectorIndex.open(generation, FINGERPRINT).search(make_vectors(1, seed=1)[1], 200)
     assert 0 < len(ids) == len(scores) < 200
     assert ids.min() >= 2**60 and scores.min() >= -1.0
@@ -193,7 +199,7 @@ def test_an_index_that_is_not_what_its_sidecar_says_is_refused(tmp_path: Path, f
     generation = publish(tmp_path)
     sidecar = json.loads((generation / SIDECAR_FILE).read_text())
     sidecar["report"][field] = value
-    (generation / SIDECAR_FILE).write_text(json.dumps(sidecar))
+    rewrite(generation / SIDECAR_FILE, sidecar)
     with pytest.raises(IntegrityError, match=INDEX_FILE):
         VectorIndex.open(generation, FINGERPRINT)
 
@@ -214,6 +220,7 @@ def test_another_metric_is_refused(tmp_path: Path) -> None:
 def test_every_missing_or_wrong_field_of_the_sidecar_is_named(tmp_path: Path) -> None:
     path = publish(tmp_path) / SIDECAR_FILE
     whole = json.loads(path.read_text())
+    del whole["sha256"]
     places = [(), ("report",), ("files", INDEX_FILE)]
     for place in places:
         inner = whole
@@ -229,11 +236,11 @@ def test_every_missing_or_wrong_field_of_the_sidecar_is_named(tmp_path: Path) ->
                     del target[field]
                 else:
                     target[field] = spoilt
-                path.write_text(json.dumps(changed))
+                rewrite(path, changed)
                 with pytest.raises(IntegrityError, match=field) as caught:
                     read_sidecar(path.parent)
                 assert str(path) in str(caught.value)
-    path.write_text(json.dumps({**whole, "surprise": 1}))
+    rewrite(path, {**whole, "surprise": 1})
     with pytest.raises(IntegrityError, match="surprise"):
         read_sidecar(path.parent)
 
@@ -244,7 +251,7 @@ def test_a_sidecar_cannot_name_a_file_elsewhere(tmp_path: Path, name: str) -> No
     path = publish(tmp_path) / SIDECAR_FILE
     content = json.loads(path.read_text())
     content["files"][name] = content["files"]["videos.h5"]
-    path.write_text(json.dumps(content))
+    rewrite(path, content)
     with pytest.raises(IntegrityError, match="plain file name"):
         read_sidecar(path.parent)
 
@@ -264,10 +271,23 @@ def test_no_index_says_what_to_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("content", [b"", b"..", b"/tmp", b"000009\n", b"\xff", "٣".encode()])
-def test_a_damaged_pointer_is_refused(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("name", ["", "..", "/tmp", "000009", "٣"])
+def test_a_pointer_to_no_generation_is_refused(tmp_path: Path, name: str) -> None:
     publish(tmp_path)
-    (tmp_path / "CURRENT").write_bytes(content)
+    write_pointer(tmp_path / "CURRENT", name)
+    with pytest.raises(IntegrityError, match="CURRENT"):
+        current_generation(tmp_path)
+
+
+@pytest.mark.fault
+def test_a_damaged_pointer_is_refused_even_when_it_names_a_generation(tmp_path: Path) -> None:
+    publish(tmp_path)
+    publish(tmp_path)
+    whole = (tmp_path / "CURRENT").read_bytes()
+    for damaged in (b"", b"000001\n", whole.replace(b"000002", b"000001"), b"\xff" + whole, whole[:-1], whole + b"\n"):
+        (tmp_path / "CURRENT").write_bytes(damaged)
+        with pytest.raises(IntegrityError, match="CURRENT"):
+            current_generation(tmp_path)
     with pytest.raises(IntegrityError, match="CURRENT"):
         current_generation(tmp_path)
 
@@ -275,7 +295,7 @@ def test_a_damaged_pointer_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_a_new_generation_takes_over_and_old_ones_go_but_never_the_current(tmp_path: Path) -> None:
     names = [publish(tmp_path, seed=seed).name for seed in range(4)]
     assert names == ["000001", "000002", "000003", "000004"]
-    (tmp_path / "CURRENT").write_text("000001\n")
+    write_pointer(tmp_path / "CURRENT", "000001")
     prune_generations(tmp_path, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000001", "000003", "000004", "CURRENT"]
     assert publish(tmp_path).name == "000005"
@@ -329,7 +349,7 @@ elif moment == "before the sidecar":
 elif moment == "before the rename":
     generations.fsync_folder = die
 elif moment == "before CURRENT":
-    generations.write_bytes, keep = (lambda p, d: die() if p.name == "CURRENT" else keep(p, d)), generations.write_bytes
+    generations.write_pointer = die
 rows = np.random.default_rng(5).standard_normal((900, %d))
 rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 with generations.new_generation(folder) as generation:

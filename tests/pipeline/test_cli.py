@@ -18,6 +18,7 @@ import pytest
 
 from command_line import Done, fineco
 from pipeline.cli import cli
+from pipeline.files import read_pointer
 from videos import encode_video
 
 ROOT = Path(__file__).parents[2]
@@ -388,7 +389,7 @@ def test_a_reader_of_notes_that_goes_away_does_not_end_a_run(kitchen: Path, tmp_
         os.close(writer)
     assert done.returncode == 0
     assert b"up to date" in fineco("status", "-c", copy).out
-    assert (copy / "index" / "CURRENT").read_text().strip() == "000002"
+    assert read_pointer(copy / "index" / "CURRENT") == "000002"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

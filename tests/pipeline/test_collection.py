@@ -55,7 +55,10 @@ def files_of(folder: Path) -> set[str]:
 
 @pytest.fixture
 def collection(tmp_path: Path) -> Collection:
-    return Collection.create(tmp_path / "kitchen", {"model": "fake"})
+    collection = Collection.create(tmp_path / "kitchen", {"model": "fake"})
+    for name in ("caption-0.25", "all"):
+        collection.add_selection(name, {"selector": name.partition("-")[0]})
+    return collection
 
 
 def add(collection: Collection, *rows: Row, stage: str = "run", with_data: bool = True) -> int:
@@ -457,4 +460,4 @@ def test_state_on_disk_is_the_state_in_memory(collection: Collection) -> None:
         writer.commit("index", [Row(Outcome("id-1", "/moved", "removed", "index"))], [])
         expected = writer.state
     assert collection.state() == expected
-    assert json.loads((collection.folder / "collection.json").read_text())["schema"] == 1
+    assert json.loads((collection.folder / "collection.json").read_text())["schema"] == 2

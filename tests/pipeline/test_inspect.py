@@ -18,7 +18,9 @@ from pipeline import commands
 from pipeline.commands import Sources
 from pipeline.config import SelectOptions
 from pipeline.doctor import Finding
-from pipeline.inspect import doctor_report, failures_of, failures_text, status_of, status_text, verify_collection
+from pipeline.files import write_pointer
+from pipeline.inspect import doctor_report, failures_of, failures_text, status_of, status_text
+from pipeline.verify import verify_collection
 from small_runs import HALF, machine, make_clip, make_videos, run
 
 N_VIDEOS = 3
@@ -99,7 +101,7 @@ def test_a_damaged_file_is_named(name: str, damage: Callable[[Path], None], copy
 
 @pytest.mark.parametrize("name", ["embeddings/CURRENT", "index/CURRENT"])
 def test_a_pointer_to_what_is_not_there_is_damage(name: str, copy: Path) -> None:
-    (copy / name).write_text("000099\n")
+    write_pointer(copy / name, "000099")
     (problem,) = verify_collection(copy)["problems"]
     assert "000099" in problem
 
@@ -156,7 +158,7 @@ def test_another_selection_makes_the_index_out_of_date(copy: Path) -> None:
 
 
 def test_a_damaged_index_is_called_damaged_and_its_cure_cures_it(copy: Path) -> None:
-    (copy / "index" / "CURRENT").write_text("000099\n")
+    write_pointer(copy / "index" / "CURRENT", "000099")
     assert text_of(copy)["index"].startswith("damaged: ")
     assert text_of(copy)["index"].endswith("run 'fineco index --force'")
     commands.index(copy, machine=machine(), force=True)
