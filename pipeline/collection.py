@@ -65,6 +65,8 @@ class Collection:
         try:
             content = read_sealed(path)
         except (FileNotFoundError, NotADirectoryError):
+            if (folder / OUTCOMES).is_dir():
+                raise IntegrityError(f"{path} is missing, though there are commits", REPAIR) from None
             raise UsageError(
                 f"{folder} is not a collection (it has no {CONFIG_FILE})",
                 f"Make one with 'fineco run VIDEOS -c {folder}'.",
@@ -89,7 +91,8 @@ class Collection:
 
     @staticmethod
     def exists(folder: Path) -> bool:
-        return (folder / CONFIG_FILE).is_file()
+        """Whether there is one, damaged or not."""
+        return (folder / CONFIG_FILE).is_file() or (folder / OUTCOMES).is_dir()
 
     @staticmethod
     def check_new(folder: Path) -> None:
@@ -284,7 +287,7 @@ class Writer(Snapshot):
         self._lock.__enter__()
         try:
             self.read()
-            self._remove_debris()
+            self.remove_debris()
         except BaseException:
             self._lock.__exit__(None, None, None)
             raise
@@ -295,7 +298,7 @@ class Writer(Snapshot):
     ) -> None:
         self._lock.__exit__(kind, error, traceback)
 
-    def _remove_debris(self) -> None:
+    def remove_debris(self) -> None:
         """Removes what a process that died left: temporary files, and data files that no commit names."""
         folder = self.collection.folder
         for name in (FRAMES, FEATURES, EMBEDDINGS, OUTCOMES):

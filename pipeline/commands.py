@@ -331,5 +331,9 @@ def search(
         from models.registry import load_encoder
 
         encoder = load_encoder(collection.config["model"], machine.device, collection.encoder["precision"])
-    with Searcher(collection, encoder) as searcher:
-        return searcher.search(queries, k, threshold, rescoring)
+
+    def answers(encoder: Encoder = encoder) -> list[list[Hit]]:
+        with Searcher(collection, encoder) as searcher:
+            return searcher.search(queries, k, threshold, rescoring)
+
+    return collection.stable(answers)

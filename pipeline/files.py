@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,25 @@ def write_bytes(path: Path, data: bytes) -> FileRecord:
 
 def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
+
+
+def link_file(source: Path, path: Path) -> None:
+    """Makes `path` the same file as `source`: a hard link where the system has them, else a copy; whole or absent.
+
+    Raises:
+        FinecoError: The disk refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        os.link(source, path)
+        fsync_folder(path.parent)
+    except OSError:
+        write_file(path, lambda temporary: _copy(source, temporary))
+
+
+def _copy(source: Path, path: Path) -> None:
+    shutil.copyfile(source, path)
 
 
 def seal(content: dict[str, Any]) -> bytes:

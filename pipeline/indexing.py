@@ -5,17 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from indexes.build import IndexReport, build_index
-from indexes.generations import current_generation, new_generation, prune_generations, read_sidecar, write_sidecar
+from indexes.build import INDEX_FILE, IndexReport, build_index
+from indexes.generations import (
+    check_generation,
+    current_generation,
+    new_generation,
+    prune_generations,
+    read_sidecar,
+    write_sidecar,
+)
 from indexes.plan import plan_index
 from pipeline import store
 from pipeline.collection import Writer
 from pipeline.commits import EMBEDDINGS, INDEX, Row
 from pipeline.errors import FinecoError, UsageError
-from pipeline.search import LOOKUP_FILE, index_id
+from pipeline.files import link_file
+from pipeline.lookup import LOOKUP_FILE, Lookup, index_id, write_lookup
 from pipeline.types import Float32, Outcome
 
 KEPT_GENERATIONS = 2  # a search that has the last one open goes on
@@ -62,30 +71,66 @@ def build_collection_index(
     plan = plan_index(len(alive), int(encoder["spec"]["dim"]), memory_bytes, kind)
     say(plan.describe())
 
-    def shards() -> Iterator[tuple[int, store.EmbeddingsShard, list[int]]]:
-        """Commit number, opened shard and the rows to take."""
-        for number in sorted(set(alive.values())):
-            name = f"{EMBEDDINGS}/{selection}/{number:06d}.h5"
-            with store.EmbeddingsShard(collection.open_file(name, writer.records)) as shard:
-                yield number, shard, [row for row, v in enumerate(shard.video_ids) if alive.get(v) == number]
-
     def chunks() -> Iterator[tuple[np.ndarray[tuple[int], np.dtype[np.int64]], Float32]]:
-        for _, shard, rows in shards():
+        for _, shard, rows in _shards(writer, selection, alive):
             ids = np.array([index_id(shard.video_ids[row]) for row in rows], np.int64)
             yield ids, np.ascontiguousarray(shard.vectors()[rows])
 
-    lookup = [
-        (index_id(shard.video_ids[row]), number, row, writer.state.paths[shard.video_ids[row]])
-        for number, shard, rows in shards()
-        for row in rows
-    ]
+    lookup = _lookup_rows(writer, selection, alive)
     with new_generation(folder) as generation:
         report = build_index(plan, chunks, generation)
-        store.write_lookup(generation / LOOKUP_FILE, lookup)
-        extra = {"content": content, "requested_kind": kind}
-        write_sidecar(generation, report, encoder["fingerprint"], selection, extra)
+        write_lookup(generation / LOOKUP_FILE, lookup)
+        write_sidecar(generation, report, encoder["fingerprint"], selection, _extra(writer, content, kind))
     prune_generations(folder, KEPT_GENERATIONS)
     return report
+
+
+def move_index(writer: Writer, say: Callable[[str], None]) -> None:
+    """Makes the index in use, if there is one, name the files in which its videos lie now: the same vectors, linked,
+    with a new lookup. One that is not of just the videos of the store is built anew."""
+    folder = writer.collection.folder / INDEX
+    try:
+        before = current_generation(folder)
+    except UsageError:
+        return
+    sidecar = read_sidecar(before)
+    selection, kind = sidecar.selection, sidecar.extra.get("requested_kind", "auto")
+    alive = writer.state.indexable(selection)
+    with Lookup(before / LOOKUP_FILE) as old:
+        same = sorted(index_id(v) for v in alive) == old.ids.tolist()
+    if selection != writer.collection.current_selection() or not same:
+        build_collection_index(writer, kind, None, say, bury=False)
+        return
+    check_generation(before, sidecar, full=True)
+    content = writer.state.index_content(selection)
+    lookup = _lookup_rows(writer, selection, alive)
+    with new_generation(folder) as generation:
+        link_file(before / INDEX_FILE, generation / INDEX_FILE)
+        write_lookup(generation / LOOKUP_FILE, lookup)
+        write_sidecar(generation, sidecar.report, sidecar.fingerprint, selection, _extra(writer, content, kind))
+
+
+def _extra(writer: Writer, content: str, kind: str) -> dict[str, Any]:
+    """What a sidecar says of its collection: what the index holds, the kind that was asked for, the last commit."""
+    return {"content": content, "requested_kind": kind, "last_commit": writer.state.last_number}
+
+
+def _shards(
+    writer: Writer, selection: str, alive: dict[str, int]
+) -> Iterator[tuple[int, store.EmbeddingsShard, list[int]]]:
+    """Commit number, opened shard and the rows to take."""
+    for number in sorted(set(alive.values())):
+        name = f"{EMBEDDINGS}/{selection}/{number:06d}.h5"
+        with store.EmbeddingsShard(writer.collection.open_file(name, writer.records)) as shard:
+            yield number, shard, [row for row, v in enumerate(shard.video_ids) if alive.get(v) == number]
+
+
+def _lookup_rows(writer: Writer, selection: str, alive: dict[str, int]) -> list[tuple[int, int, int, str]]:
+    return [
+        (index_id(shard.video_ids[row]), number, row, writer.state.paths[shard.video_ids[row]])
+        for number, shard, rows in _shards(writer, selection, alive)
+        for row in rows
+    ]
 
 
 def _bury_missing(writer: Writer, say: Callable[[str], None]) -> None:

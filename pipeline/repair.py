@@ -28,12 +28,12 @@ from pipeline.errors import FinecoError, IntegrityError, UsageError, VideoError
 from pipeline.files import record_of, seal, write_bytes, write_pointer
 from pipeline.indexing import build_collection_index
 from pipeline.lock import Lock
+from pipeline.lookup import LOOKUP_FILE, Lookup, index_id
 from pipeline.output import number_of, visible
 from pipeline.reselect import select_stored
 from pipeline.run import Interrupts, Selecting
-from pipeline.search import LOOKUP_FILE, index_id
-from pipeline.types import Outcome, TimedText, Video
-from pipeline.verify import Examination, examine, lost_rows
+from pipeline.types import Outcome, Video
+from pipeline.verify import Examination, all_commit_numbers, examine, lost_rows
 
 GIVE_UP = "What is whole can be copied; otherwise run the videos again into a new folder."
 
@@ -83,7 +83,7 @@ def _mend_commits(folder: Path, say: Callable[[str], None]) -> None:
         first = min((int(p.stem) for p in (folder / OUTCOMES).glob("*.jsonl") if p.stem.isdecimal()), default=1)
         write_pointer(folder / OUTCOMES / FIRST, str(first))
         say(f"{OUTCOMES}/{FIRST}: written again")
-    for number in collection.commit_numbers():
+    for number in all_commit_numbers(collection):
         try:
             collection.read_commit(number)
         except IntegrityError:
@@ -154,39 +154,49 @@ def _indexed_selection(folder: Path) -> str | None:
 def _keep_whole_rows(writer: Writer, name: str, say: Callable[[str], None]) -> None:
     """Copies what is whole in a damaged file into a new one, and writes down which videos are not in it."""
     kind, number = place_of(name)
-    rows = {r.outcome.video_id: r for r in writer.collection.read_commit(number).rows if r.outcome.status == "ok"}
-    latest = {v for v, place in writer.state.places.get(kind, {}).items() if place.commit == number}
-    kept: dict[str, store.Rows] = {}
-    unknown: dict[str, str] = {}  # videos whose line in the commit is lost, and their content
+    places = writer.state.places.get(kind, {})
+    commit = writer.collection.read_commit(number)
+    contents = {r.outcome.video_id: r.content for r in commit.rows if r.outcome.status == "ok"}
+    wanted = {v: content for v, content in contents.items() if v in places and places[v].commit == number}
+    whole: dict[str, store.Rows] = {}
     with contextlib.suppress(IntegrityError), store.open_shard(kind, writer.collection.folder / name) as shard:
         for at, video_id in enumerate(shard.video_ids):
-            if video_id not in rows:
-                unknown[video_id] = shard.contents[at]
-            elif video_id in latest and shard.contents[at] == rows[video_id].content:
-                with contextlib.suppress(IntegrityError):
-                    kept[video_id] = shard.rows(at)
-    texts = {v: rows[v].texts for v in latest} | writer.newer_texts(kind, latest)
-    copied = [
-        replace(rows[v], outcome=replace(rows[v].outcome, stage="repair", notes=()), texts=texts[v]) for v in kept
-    ]
-    lost = [
-        _lost(name, v, writer.state.paths.get(v, ""), rows[v].content, texts[v]) for v in sorted(latest - kept.keys())
-    ]
-    by_index = _paths_of_index(writer.collection.folder) if unknown else {}
-    lost += [_lost(name, v, by_index.get(index_id(v), ""), content, ()) for v, content in sorted(unknown.items())]
+            with contextlib.suppress(IntegrityError):
+                rows = shard.rows(at)
+                if video_id not in places:  # its line in the commit was lost: the file still says what it is
+                    wanted.setdefault(video_id, shard.contents[at])
+                if wanted.get(video_id) == shard.contents[at]:
+                    whole[video_id] = rows
+    known = _known_rows(writer, wanted)
+    kept = {v: rows for v, rows in whole.items() if v in known}
+    copied = [replace(known[v], outcome=Outcome(v, known[v].outcome.path, "ok", "repair")) for v in kept]
+    by_index = _paths_of_index(writer.collection.folder) if wanted.keys() - known.keys() else {}
+    lost = []
+    for video_id in sorted(wanted.keys() - kept.keys()):
+        path = known[video_id].outcome.path if video_id in known else by_index.get(index_id(video_id), "")
+        texts = known[video_id].texts if video_id in known else ()
+        outcome = Outcome(video_id, path, "failed", "repair", "damaged", f"its rows in {name} were damaged")
+        lost.append(Row(outcome, wanted[video_id], texts=texts))
     files = [(kind, lambda path: store.copy_rows(path, list(kept.values())))] if kept else []
     writer.commit("repair", [*copied, *lost], files, lost=[name])
     say(f"{name}: {number_of(len(kept), 'video')} kept, {len(lost)} to be made again")
 
 
-def _lost(name: str, video_id: str, path: str, content: str, texts: tuple[TimedText, ...]) -> Row:
-    outcome = Outcome(video_id, path, "failed", "repair", "damaged", f"its rows in {name} were damaged")
-    return Row(outcome, content, texts=texts)
+def _known_rows(writer: Writer, contents: dict[str, str]) -> dict[str, Row]:
+    """The last row in any commit of some videos, of their very content, with the path and texts last seen."""
+    known: dict[str, Row] = {}
+    for commit in writer.collection.commits():
+        for row in commit.rows:
+            video_id = row.outcome.video_id
+            if row.outcome.status == "ok" and row.content and contents.get(video_id) == row.content:
+                path = writer.state.paths.get(video_id, row.outcome.path)
+                known[video_id] = replace(row, outcome=replace(row.outcome, path=path))
+    return known
 
 
 def _paths_of_index(folder: Path) -> dict[int, str]:
     """Where the index says that videos are: all that is left of one whose line in a commit is lost."""
-    with contextlib.suppress(FinecoError), store.Lookup(current_generation(folder / INDEX) / LOOKUP_FILE) as lookup:
+    with contextlib.suppress(FinecoError), Lookup(current_generation(folder / INDEX) / LOOKUP_FILE) as lookup:
         return {identifier: lookup.find(identifier)[2] for identifier in lookup.ids.tolist()}
     return {}
 

@@ -6,7 +6,6 @@ its stored frames (docs/METHOD.md section 3), which also gives the moments.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -19,18 +18,13 @@ from pipeline import store
 from pipeline.collection import Collection
 from pipeline.commits import EMBEDDINGS, INDEX
 from pipeline.errors import IntegrityError, UsageError
+from pipeline.lookup import LOOKUP_FILE, Lookup, index_id
 from pipeline.rescore import find_moments, rescore, score_frames
 from pipeline.types import Float32, Hit, VideoEmbedding
 
-LOOKUP_FILE = "videos.h5"
 CANDIDATES = 100  # for a first page of answers; more when more answers are asked for
 CANDIDATES_PER_HIT = 4
 MAX_OPEN_SHARDS = 64
-
-
-def index_id(video_id: str) -> int:
-    """The 64-bit id of a video in an index: 63 bits of a hash, the same in every collection."""
-    return int.from_bytes(hashlib.sha256(video_id.encode()).digest()[:8], "big") >> 1
 
 
 class Searcher:
@@ -51,7 +45,7 @@ class Searcher:
         generation = current_generation(collection.folder / INDEX)
         self._index = VectorIndex.open(generation, encoder.spec.fingerprint)
         self.selection: str = self._index.sidecar.selection
-        self._lookup = store.Lookup(generation / LOOKUP_FILE)
+        self._lookup = Lookup(generation / LOOKUP_FILE)
         self._shards: dict[int, store.EmbeddingsShard] = {}
 
     def __enter__(self) -> Searcher:

@@ -10,7 +10,7 @@ the digests of whole files.
     frames/N.h5                  what `decode` leaves: the sampled frames as JPEG
     features/N.h5                what `embed` leaves: features of every sampled frame, float16
     embeddings/SELECTION/N.h5    what `select` leaves: kept frames, their scores, the pooled vector
-    index/GENERATION/videos.h5   what `index` leaves beside the vectors: where each id's rows are
+    index/GENERATION/videos.h5   what `index` leaves beside the vectors (pipeline.lookup)
 """
 
 from __future__ import annotations
@@ -62,13 +62,6 @@ EMBEDDINGS: Schema = {
     "vectors": ("<f4", 2),
     "n_frames": ("<i8", 1),
     "selectors": ("S16", 1),
-}
-LOOKUP: Schema = {
-    "ids": ("<i8", 1),
-    "shards": ("<i4", 1),
-    "rows": ("<i4", 1),
-    "paths": ("|u1", 1),
-    "path_offsets": ("<i8", 1),
 }
 
 
@@ -155,14 +148,15 @@ def _video_arrays(videos: Sequence[StoredVideo], times: Sequence[Float64], spans
     return {
         "video_ids": np.array([v.video_id.encode() for v in videos], dtype=f"S{ID_BYTES}"),
         "contents": np.array([v.content.encode() for v in videos], dtype=f"S{CONTENT_BYTES}"),
-        "offsets": _offsets([len(t) for t in times]),
+        "offsets": offsets_of([len(t) for t in times]),
         "pts_seconds": np.concatenate([np.asarray(t, np.float64) for t in times]),
         "span_seconds": np.array(spans, np.float64),
         "duration_seconds": np.array([v.duration_seconds for v in videos], np.float64),
     }
 
 
-def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
+def offsets_of(lengths: Sequence[int]) -> NDArray[np.int64]:
+    """Where each of some pieces begins when they lie end to end, and where the last one ends."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
@@ -171,7 +165,7 @@ def write_frames(path: Path, rows: Sequence[StoredFrames]) -> FileRecord:
     jpegs = [jpeg for row in rows for jpeg in row.jpegs]
     arrays = _video_arrays([r.video for r in rows], [r.pts_seconds for r in rows], [r.span_seconds for r in rows])
     arrays["jpeg"] = np.frombuffer(b"".join(jpegs), np.uint8)
-    arrays["jpeg_offsets"] = _offsets([len(jpeg) for jpeg in jpegs])
+    arrays["jpeg_offsets"] = offsets_of([len(jpeg) for jpeg in jpegs])
     return write_shard(path, "frames", FRAMES, arrays)
 
 
@@ -200,11 +194,11 @@ def write_embeddings(path: Path, rows: Sequence[tuple[StoredVideo, VideoEmbeddin
 def copy_rows(path: Path, rows: Sequence[Rows]) -> FileRecord:
     """Writes rows that `Shard.rows` read, out of one or more shards of one kind, as they are."""
     kind = rows[0].kind
-    arrays: dict[str, Array] = {"offsets": _offsets([len(r.pieces["pts_seconds"]) for r in rows])}
+    arrays: dict[str, Array] = {"offsets": offsets_of([len(r.pieces["pts_seconds"]) for r in rows])}
     for name in rows[0].pieces:
         arrays[name] = np.concatenate([r.pieces[name] for r in rows])
     if "jpeg_offsets" in arrays:
-        arrays["jpeg_offsets"] = _offsets(np.concatenate([np.diff(r.pieces["jpeg_offsets"]) for r in rows]).tolist())
+        arrays["jpeg_offsets"] = offsets_of(np.concatenate([np.diff(r.pieces["jpeg_offsets"]) for r in rows]).tolist())
     return write_shard(path, kind, _TYPES[kind].schema, arrays)
 
 
@@ -292,7 +286,7 @@ class Shard:
         columns = (self.video_ids, self.contents, self.spans, self.durations, self._row_digests)
         if {len(x) for x in columns} != {n_videos} or self._row_digests.shape[1] != ROW_DIGEST_BYTES:
             raise ValueError("columns of different lengths")
-        _check_offsets("offsets", self.offsets, len(get["pts_seconds"]))
+        check_offsets("offsets", self.offsets, len(get["pts_seconds"]))
         self._check_lengths()
 
     def _check_lengths(self) -> None:
@@ -336,7 +330,8 @@ class Shard:
             ) from error
 
 
-def _check_offsets(name: str, offsets: NDArray[np.int64], end: int) -> None:
+def check_offsets(name: str, offsets: NDArray[np.int64], end: int) -> None:
+    """Raises ValueError unless offsets lead from 0 to `end` and never back."""
     falls = np.any(offsets[1:] < offsets[:-1])  # compared, not subtracted: a difference of int64 can overflow
     if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != end or falls:
         raise ValueError(f"{name} do not fit the rows")
@@ -349,7 +344,7 @@ class FramesShard(Shard):
 
     def _check_lengths(self) -> None:
         self._jpeg_offsets: NDArray[np.int64] = self._datasets["jpeg_offsets"][:]
-        _check_offsets("jpeg_offsets", self._jpeg_offsets, len(self._datasets["jpeg"]))
+        check_offsets("jpeg_offsets", self._jpeg_offsets, len(self._datasets["jpeg"]))
         if len(self._jpeg_offsets) != self.offsets[-1] + 1:
             raise ValueError("jpeg_offsets do not fit the frames")
 
@@ -450,59 +445,6 @@ class EmbeddingsShard(Shard):
                 pieces["selectors"][0].decode("ascii"),
             ),
         )
-
-
-class Lookup(Shard):
-    """For each id of an index: which shard and row hold its video, and its path. Sorted by id."""
-
-    kind, schema = "lookup", LOOKUP
-
-    def _read_videos(self) -> None:
-        self.ids: NDArray[np.int64] = self._datasets["ids"][:]
-        if np.any(self.ids[1:] <= self.ids[:-1]):
-            raise ValueError("ids are not sorted and unique")
-        self._check_length(len(self.ids), "shards", "rows")
-        self._check_length(len(self.ids) + 1, "path_offsets")
-        self._path_offsets: NDArray[np.int64] = self._datasets["path_offsets"][:]
-        _check_offsets("path_offsets", self._path_offsets, len(self._datasets["paths"]))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def find(self, identifier: int) -> tuple[int, int, str]:
-        """(shard number, row, path) of an id.
-
-        Raises:
-            IntegrityError: The index holds an id that this file does not.
-        """
-        at = int(np.searchsorted(self.ids, identifier))
-        if at == len(self.ids) or self.ids[at] != identifier:
-            raise IntegrityError(f"{self.path}: no id {identifier}, which the index holds", "Run 'fineco index'.")
-        start, stop = self._path_offsets[at : at + 2].tolist()
-        path = bytes(self._datasets["paths"][start:stop]).decode("utf-8", "surrogateescape")
-        return int(self._datasets["shards"][at]), int(self._datasets["rows"][at]), path
-
-    def places(self) -> dict[int, list[tuple[int, int]]]:
-        """Shard number -> (row, id) of every video in it."""
-        found: dict[int, list[tuple[int, int]]] = {}
-        columns = (self._datasets["shards"][:].tolist(), self._datasets["rows"][:].tolist(), self.ids.tolist())
-        for number, row, identifier in zip(*columns, strict=True):
-            found.setdefault(number, []).append((row, identifier))
-        return found
-
-
-def write_lookup(path: Path, rows: Sequence[tuple[int, int, int, str]]) -> FileRecord:
-    """Writes (id, shard number, row, path) of every video of an index."""
-    ordered = sorted(rows)
-    paths = [row[3].encode("utf-8", "surrogateescape") for row in ordered]
-    arrays: dict[str, Array] = {
-        "ids": np.array([row[0] for row in ordered], np.int64),
-        "shards": np.array([row[1] for row in ordered], np.int32),
-        "rows": np.array([row[2] for row in ordered], np.int32),
-        "paths": np.frombuffer(b"".join(paths), np.uint8),
-        "path_offsets": _offsets([len(p) for p in paths]),
-    }
-    return write_shard(path, "lookup", LOOKUP, arrays)
 
 
 _TYPES: dict[str, type[Shard]] = {t.kind: t for t in (FramesShard, FeaturesShard, EmbeddingsShard)}

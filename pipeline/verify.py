@@ -17,12 +17,12 @@ import numpy as np
 
 from indexes.generations import check_generation, current_generation, read_sidecar
 from pipeline import store
-from pipeline.collection import CONFIG_FILE, CURRENT, OUTCOMES, Collection, Snapshot
+from pipeline.collection import CONFIG_FILE, CURRENT, FIRST, OUTCOMES, Collection, Snapshot
 from pipeline.commits import EMBEDDINGS, FEATURES, FRAMES, INDEX, Row, State, place_of
 from pipeline.errors import FinecoError, IntegrityError, UsageError
 from pipeline.files import TEMPORARY_SUFFIX, FileRecord, check_file
+from pipeline.lookup import LOOKUP_FILE, Lookup, index_id
 from pipeline.output import number_of, visible
-from pipeline.search import LOOKUP_FILE, index_id
 from pipeline.types import Float32
 
 SAMPLED_VECTORS = 1000  # of the index, compared with the store
@@ -111,8 +111,8 @@ def _read_commits(found: Examination) -> Iterator[tuple[int, dict[str, str]]]:
     """Merges all commits; yields the number of each that brought data, with id -> content of its videos."""
     collection = found.collection
     numbers = range(0)
-    with _noticing(found, f"{OUTCOMES}/FIRST"):
-        numbers = collection.commit_numbers()
+    with _noticing(found, f"{OUTCOMES}/{FIRST}"):
+        numbers = all_commit_numbers(collection)
     for number in numbers:
         with _noticing(found, f"{OUTCOMES}/{number:06d}.jsonl"):
             commit = collection.read_commit(number)
@@ -120,6 +120,16 @@ def _read_commits(found: Examination) -> Iterator[tuple[int, dict[str, str]]]:
             commit.merge_records(found.records)
             if commit.files:
                 yield number, {r.outcome.video_id: r.content for r in commit.rows if r.outcome.status == "ok"}
+
+
+def all_commit_numbers(collection: Collection) -> range:
+    """Numbers of the commits there must be: up to the last one that is there, or that the index in use knew of."""
+    numbers = collection.commit_numbers()
+    try:
+        last = read_sidecar(current_generation(collection.folder / INDEX)).extra.get("last_commit", 0)
+    except FinecoError:
+        last = 0
+    return range(numbers.start, max(numbers.stop, last + 1))
 
 
 def _check_shard(found: Examination, name: str, rows: dict[int, dict[str, str]]) -> list[bytes]:
@@ -183,7 +193,7 @@ def _check_index(found: Examination) -> None:
         sidecar = read_sidecar(generation)
         check_generation(generation, sidecar, full=True)
         found.n_indexed = sidecar.report.n_vectors
-        with store.Lookup(generation / LOOKUP_FILE) as lookup:
+        with Lookup(generation / LOOKUP_FILE) as lookup:
             ids = lookup.ids
             _check_ids(found, generation, sidecar.selection, ids, sidecar.extra.get("content"))
             _check_vectors(found, generation, sidecar.selection, lookup)
@@ -201,7 +211,7 @@ def _check_ids(found: Examination, generation: Path, selection: str, ids: Any, c
             raise IntegrityError(f"{generation}: {len(ids)} videos, the store has {len(wanted)} of this selection")
 
 
-def _check_vectors(found: Examination, generation: Path, selection: str, lookup: store.Lookup) -> None:
+def _check_vectors(found: Examination, generation: Path, selection: str, lookup: Lookup) -> None:
     """Every video of the lookup lies in the store where it says; some of the index's vectors are compared with it."""
     from indexes.search import stored_vectors
 

@@ -1,4 +1,4 @@
-"""Commands that look at a collection or at the machine, and the demo: status, failures, verify, doctor, demo."""
+"""Commands that look after a collection or look at the machine, and the demo."""
 
 from __future__ import annotations
 
@@ -83,6 +83,22 @@ def verify(context: Context, folder: Path, as_json: bool, only_digest: bool, rep
         sys.exit(SOME_FAILED)
     if content["problems"]:
         sys.exit(1)
+
+
+@cli.command()
+@collection_option
+@click.pass_obj
+def compact(context: Context, folder: Path) -> None:
+    """Fold many small files into few.
+
+    Of use after many small runs. The digest stays as it is, selections are kept, searching goes on meanwhile. Videos
+    that are gone are forgotten with their data. Needs as much free space as the files that are folded.
+    """
+    from pipeline.compact import compact as fold
+
+    folded = fold(folder, machine_from(context))
+    if folded is not None:
+        context.say(folded.describe())
 
 
 @cli.command()

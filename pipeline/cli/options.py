@@ -156,7 +156,7 @@ def _version(context: click.Context, parameter: click.Parameter, wanted: bool) -
 ORDER = (
     *("run", "decode", "embed", "select", "index", "search"),
     *("train", "train-scorer", "evaluate", "convert"),
-    *("status", "failures", "verify", "doctor", "demo"),
+    *("status", "failures", "verify", "compact", "doctor", "demo"),
 )
 
 

@@ -17,7 +17,7 @@ from pipeline.commands import Sources
 from pipeline.config import SelectOptions
 from pipeline.errors import FinecoError, IntegrityError, UsageError
 from pipeline.inspect import status_of
-from pipeline.search import LOOKUP_FILE, index_id
+from pipeline.lookup import LOOKUP_FILE, Lookup, index_id
 from small_runs import FPS5, checked, commits, embeddings_of, machine, make_clip, make_videos, run
 
 
@@ -40,7 +40,7 @@ def collection(videos: Path, tmp_path: Path) -> Path:
 
 def indexed(collection: Path) -> dict[str, str]:
     """What the index in use holds: video id -> path."""
-    with store.Lookup(current_generation(collection / "index") / LOOKUP_FILE) as lookup:
+    with Lookup(current_generation(collection / "index") / LOOKUP_FILE) as lookup:
         found = {}
         selection = read_sidecar(current_generation(collection / "index")).selection
         ids = {index_id(v): v for v in Collection(collection).state().places[f"embeddings/{selection}"]}

@@ -15,7 +15,8 @@ from pipeline import commands, search
 from pipeline.collection import Collection
 from pipeline.config import SelectOptions
 from pipeline.errors import FinecoError, IntegrityError, UsageError
-from pipeline.search import LOOKUP_FILE, Searcher, index_id
+from pipeline.lookup import LOOKUP_FILE, index_id
+from pipeline.search import Searcher
 from pipeline.types import Hit
 from small_runs import checked, embeddings_of, features_of, machine, make_videos, run
 

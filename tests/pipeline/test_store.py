@@ -17,6 +17,7 @@ import pytest
 from pipeline import store
 from pipeline.errors import FinecoError, IntegrityError
 from pipeline.files import check_file
+from pipeline.lookup import Lookup, write_lookup
 from pipeline.store import StoredFrames, StoredVideo
 from pipeline.types import Float32, Float64, FrameFeatures, VideoEmbedding
 
@@ -98,8 +99,8 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
 def test_lookup_finds_every_id_with_any_path(tmp_path: Path) -> None:
     paths = ["/a/plain.mp4", "/a/new\nline.mp4", "/a/not-utf8-\udcff\udc80.mp4", "/a/'\"日本.mp4", ""]
     ids = [7, 2**63 - 1, 0, 2**53 + 1, 2**53]
-    store.write_lookup(tmp_path / "v.h5", [(ids[i], i, 10 * i, path) for i, path in enumerate(paths)])
-    with store.Lookup(tmp_path / "v.h5") as lookup:
+    write_lookup(tmp_path / "v.h5", [(ids[i], i, 10 * i, path) for i, path in enumerate(paths)])
+    with Lookup(tmp_path / "v.h5") as lookup:
         assert len(lookup) == 5
         assert [lookup.find(x) for x in ids] == [(i, 10 * i, path) for i, path in enumerate(paths)]
         for absent in (1, 2**53 + 2, 2**62):
@@ -215,11 +216,11 @@ def test_offsets_that_do_not_fit_the_rows_are_refused(lie: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("offsets", [[0, 100, 6], [0, -2, 6], [0, 3, 7], [0, 6], [1, 3, 6]])
 def test_offsets_of_paths_and_jpegs_are_checked(offsets: list[int], tmp_path: Path) -> None:
-    store.write_lookup(tmp_path / "v.h5", [(1, 0, 0, "abc"), (2, 0, 1, "def")])
+    write_lookup(tmp_path / "v.h5", [(1, 0, 0, "abc"), (2, 0, 1, "def")])
     store.write_frames(tmp_path / "f.h5", [StoredFrames(video(0), [b"abc", b"def"], times(2), 1.0)])
     data = np.array(offsets, np.int64)
     for file_name, name, kind in (
-        ("v.h5", "path_offsets", store.Lookup),
+        ("v.h5", "path_offsets", Lookup),
         ("f.h5", "jpeg_offsets", store.FramesShard),
     ):
         change(tmp_path / file_name, name, lambda file, name=name: file.create_dataset(name, data=data))  # type: ignore[misc]
@@ -228,11 +229,11 @@ def test_offsets_of_paths_and_jpegs_are_checked(offsets: list[int], tmp_path: Pa
 
 
 def test_lookup_ids_out_of_order_are_refused(tmp_path: Path) -> None:
-    store.write_lookup(tmp_path / "v.h5", [(i, 0, 0, "") for i in range(3)])
+    write_lookup(tmp_path / "v.h5", [(i, 0, 0, "") for i in range(3)])
     for ids in ([0, 2, 1], [0, 1, 1], [2**62, -(2**62) - 2, 5]):
         change(tmp_path / "v.h5", "ids", lambda file, ids=ids: file.create_dataset("ids", data=np.array(ids)))  # type: ignore[misc]
         with pytest.raises(IntegrityError, match="ids are not sorted"):
-            store.Lookup(tmp_path / "v.h5")
+            Lookup(tmp_path / "v.h5")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 7.0])
