@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from fakes import FakeEncoder
+from indexes.generations import current_generation
 from models.base import Encoder
 from pipeline import commands, store
 from pipeline.collection import Collection
@@ -91,3 +93,23 @@ def _latest(collection: Path, kind: str, shard_type: Any, read: str) -> dict[str
 def commits(collection: Path) -> list[tuple[str, list[str]]]:
     """Stage and names of the files' kinds of every commit."""
     return [(c.stage, sorted(name.rpartition("/")[0] for name in c.files)) for c in Collection(collection).commits()]
+
+
+def make_everything(folder: Path) -> Path:
+    """A collection in `folder` with every kind of file: frames, features, two selections, several commits, an index."""
+    videos, collection = make_videos(folder / "videos"), folder / "kitchen"
+    (videos / "broken.mp4").write_bytes(b"no video" * 50)
+    sources = Sources([str(videos)])
+    commands.decode(collection, sources, FPS5, machine())
+    with mock.patch("pipeline.run.SHARD_VIDEOS", 3):
+        commands.run(collection, sources, FPS5, SelectOptions("uniform", "3"), machine(), encoder=FakeEncoder())
+    commands.select(collection, HALF, machine(), encoder=FakeEncoder())
+    commands.index(collection, machine=machine())
+    return collection
+
+
+def files_in_use(collection: Path) -> list[str]:
+    """Relative names of all files of a collection but the lock and what belongs to earlier generations of its index."""
+    current = current_generation(collection / "index").name
+    names = sorted(p.relative_to(collection).as_posix() for p in collection.rglob("*") if p.is_file())
+    return [n for n in names if n != ".lock" and (not n.startswith("index/0") or n.startswith(f"index/{current}/"))]

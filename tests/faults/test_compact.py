@@ -13,6 +13,7 @@ from pipeline import commands
 from pipeline.collection import Collection
 from pipeline.commits import State
 from pipeline.compact import compact
+from pipeline.config import SelectOptions
 from pipeline.errors import IntegrityError
 from pipeline.inspect import failures_of, status_of
 from small_runs import HALF, checked, embeddings_of, features_of, machine, make_clip, run
@@ -36,7 +37,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (videos / "moved.txt").write_text("a red block on a hill\n", "utf-8")
     (videos / "clip3.mp4").unlink()
     run(collection, videos)
-    commands.select(collection, commands.SelectOptions("uniform", "3"), machine())
+    commands.select(collection, SelectOptions("uniform", "3"), machine())
     commands.select(collection, HALF, machine(), FakeEncoder())
     return collection
 
