@@ -27,10 +27,11 @@ from indexes.generations import (
     write_sidecar,
 )
 from indexes.plan import IndexPlan, plan_index
-from indexes.search import VectorIndex
+from indexes.search import VectorIndex, stored_ids, stored_vectors
 from pipeline.errors import FinecoError, IntegrityError, UsageError
 from pipeline.files import seal, write_pointer
 from pipeline.types import Float32
+from pipeline.verify import LEAST_COSINE
 
 ROOT = Path(__file__).parents[2]
 DIM = 16
@@ -379,3 +380,23 @@ def test_a_killed_build_leaves_the_old_index_searchable(tmp_path: Path, moment: 
     assert len(VectorIndex.open(publish(tmp_path, n=400), FINGERPRINT)) == 400
     prune_generations(tmp_path, keep=1)
     assert len(list(tmp_path.iterdir())) == 2  # the new one and CURRENT
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "IVF8,SQ8", "IVF8,RaBitQ"])
+def test_what_is_stored_can_be_read_back(tmp_path: Path, factory: str) -> None:
+    """For `verify`, which compares it with the store: as exactly as each coding allows."""
+    nlist = 0 if factory == "Flat" else 8
+    ids, vectors = make_vectors(400)
+    plan = IndexPlan(factory, 400, DIM, 0, nlist, nlist, 400 if nlist else 0, None, "test")
+    with new_generation(tmp_path) as generation:
+        report = build_index(plan, lambda: [(ids, vectors)], generation)
+        write_sidecar(generation, report, FINGERPRINT, "uniform", {})
+    generation = current_generation(tmp_path)
+    assert sorted(stored_ids(generation)) == sorted(ids)
+    some = np.sort(ids)[::7]
+    code, found = stored_vectors(generation, some)
+    wanted = vectors[[ids.tolist().index(i) for i in some]]
+    cosines = (found * wanted).sum(axis=1) / np.linalg.norm(found, axis=1)
+    assert code == factory
+    assert cosines.min() >= LEAST_COSINE[factory.rpartition(",")[2]]
+    assert np.array_equal(found, wanted) == factory.endswith("Flat")
