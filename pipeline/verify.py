@@ -286,8 +286,9 @@ def verify_text(content: dict[str, Any]) -> str:
         lines.append(f"(and {len(problems) - SHOWN_PROBLEMS} more)")
     if problems:
         lines.append(f"'fineco verify --repair -c {shlex.quote(content['collection'])}' makes it whole again")
-    if leftovers:
+    if leftovers and not problems:
         lines.append(f"left by a process that died, and removed by the next run: {number_of(len(leftovers), 'file')}")
     lines.append(number_of(len(problems), "problem") if problems else "everything is as it was written")
-    lines.append(f"digest {content['digest']}")
+    if not problems:
+        lines.append(f"digest {content['digest']}")
     return "\n".join(lines) + "\n"

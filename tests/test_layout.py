@@ -200,6 +200,13 @@ def test_videos_are_opened_in_one_place() -> None:
     assert [breach(m, line, "av.open()") for m, line in opens] == []
 
 
+def test_indexes_are_read_and_written_in_one_place_each() -> None:
+    """Read where the digest was checked and limits are set, written where a full disk is noticed."""
+    homes = {"faiss.read_index": "indexes.search", "faiss.write_index": "indexes.build"}
+    found = {(name, m) for m in SOURCES for call in calls(m) if (name := ast.unparse(call.func)) in homes}
+    assert found == set(homes.items())
+
+
 def test_files_are_short_and_named_for_what_they_do() -> None:
     lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in SOURCES.items()}
     assert {module: n for module, n in lengths.items() if n > MAX_LINES} == {}

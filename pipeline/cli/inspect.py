@@ -46,7 +46,7 @@ def failures(folder: Path, form: str, skipped: bool) -> None:
 @cli.command()
 @collection_option
 @json_option
-@click.option("--digest", "only_digest", is_flag=True, help="Print only the digest.")
+@click.option("--digest", "only_digest", is_flag=True, help="Print only the digest; nothing when damaged.")
 @click.option("--repair", is_flag=True, help="Mend what is damaged: make again just what cannot be saved.")
 @device_option
 @click.pass_obj
@@ -76,7 +76,8 @@ def verify(context: Context, folder: Path, as_json: bool, only_digest: bool, rep
     if only_digest:
         for problem in content["problems"]:
             context.say(f"problem: {problem}")
-        write_stdout(f"{content['digest']}\n")
+        if not content["problems"]:
+            write_stdout(f"{content['digest']}\n")
     else:
         write_stdout(to_json(content) if as_json else verify_text(content))
     if hopeless:
