@@ -15,6 +15,7 @@ removed by the next writer, so that every video is either wholly in the collecti
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -55,7 +56,7 @@ class Collection:
         folder: The collection.
 
     Raises:
-        UsageError: There is no collection there.
+        UsageError: There is no collection there, or one of another version.
         IntegrityError: `collection.json` is damaged.
     """
 
@@ -72,13 +73,13 @@ class Collection:
                 f"Make one with 'fineco run VIDEOS -c {folder}'.",
             ) from None
         except (OSError, ValueError) as error:
+            if _is_of_first_schema(path):
+                raise _other_version(folder, 1) from None
             raise IntegrityError(f"{path}: {error}", REPAIR) from error
-        if (
-            content.get("schema") != SCHEMA_VERSION
-            or not isinstance(content.get("config"), dict)
-            or not isinstance(content.get("encoder"), dict | None)
-        ):
-            raise IntegrityError(f"{path}: not the configuration of a collection of schema {SCHEMA_VERSION}")
+        if content.get("schema") != SCHEMA_VERSION:
+            raise _other_version(folder, content.get("schema"))
+        if not isinstance(content.get("config"), dict) or not isinstance(content.get("encoder"), dict | None):
+            raise IntegrityError(f"{path}: not the configuration of a collection", REPAIR)
         self.config: dict[str, Any] = content["config"]
         self.encoder: dict[str, Any] | None = content.get("encoder")
 
@@ -350,6 +351,22 @@ def write_config(folder: Path, config: dict[str, Any], encoder: dict[str, Any] |
     """Writes `collection.json`."""
     content = {"schema": SCHEMA_VERSION, "config": config, "encoder": encoder}
     write_bytes(folder / CONFIG_FILE, seal(content))
+
+
+def _is_of_first_schema(path: Path) -> bool:
+    """Whether a `collection.json` is of the first version, whose files had no digests of themselves."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "sha256" not in content and content.get("schema") == 1
+
+
+def _other_version(folder: Path, schema: object) -> UsageError:
+    return UsageError(
+        f"{folder} was made by another version of fineco (schema {schema}, this one reads {SCHEMA_VERSION})",
+        "Use that version, or run the videos again into a new folder.",
+    )
 
 
 def this_command() -> str:

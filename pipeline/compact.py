@@ -110,12 +110,15 @@ def _fold_kind(writer: Writer, kind: str, last: int, interrupts: Interrupts) -> 
     """Writes the living videos' data of one kind anew, in the order in which it came."""
     folded: list[store.Rows] = []
     rows: list[Row] = []
+    n_bytes = 0
 
     def flush() -> None:
+        nonlocal n_bytes
         if folded:
             writer.commit("compact", rows, [(kind, partial(store.copy_rows, rows=list(folded)))])
             folded.clear()
             rows.clear()
+            n_bytes = 0
 
     living = _living(writer, kind, last)
     texts = writer.newer_texts(kind, set().union(*living.values()))
@@ -134,7 +137,8 @@ def _fold_kind(writer: Writer, kind: str, last: int, interrupts: Interrupts) -> 
                 if video_id in ids:
                     folded.append(shard.rows(at))
                     rows.append(_row(writer, found[video_id], texts))
-                    if len(folded) >= SHARD_VIDEOS or sum(r.n_bytes for r in folded) >= SHARD_BYTES:
+                    n_bytes += folded[-1].n_bytes
+                    if len(folded) >= SHARD_VIDEOS or n_bytes >= SHARD_BYTES:
                         flush()
     flush()
 

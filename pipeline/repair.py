@@ -53,14 +53,14 @@ def repair_collection(
         UsageError: There is no collection, or another process writes to it.
         FinecoError: It is damaged beyond repair, or the disk refuses.
     """
-    found = examine(folder)
+    found = examine(folder, machine.say)
     if not found.problems:
         machine.say("Nothing is damaged.")
         return found, []
     with Lock(folder, this_command()):
         _mend_commits(folder, machine.say)
         _mend_small_files(folder, machine.say)
-    found = examine(folder)
+    found = examine(folder, machine.say)
     with Collection(folder).writing(this_command()) as writer:
         for name in found.damaged(FRAMES, FEATURES, EMBEDDINGS):
             if name in writer.records:
@@ -68,7 +68,7 @@ def repair_collection(
         lost = lost_rows(writer)
     hopeless = _make_again(folder, lost, machine, encoder)
     _mend_index(folder, found, machine)
-    found = examine(folder)
+    found = examine(folder, machine.say)
     return found, hopeless
 
 
@@ -94,6 +94,8 @@ def _mend_commits(folder: Path, say: Callable[[str], None]) -> None:
                 names = (f"{top}/{number:06d}.h5" for top in (FRAMES, FEATURES, *_selection_folders(folder)))
                 files = {name: record_of(folder / name) for name in names if (folder / name).exists()}
                 head = Commit(number, "repair", files, [])
+            if data:
+                write_bytes(path.with_name(path.name + ".damaged"), data)  # whatever a person may still read in it
             write_bytes(path, replace(head, rows=rows).to_bytes())
             n_lost = max(0, len(data.splitlines()) - 2 - len(rows))
             rest = number_of(n_lost, "row") + " lost" if data else "the file was gone"

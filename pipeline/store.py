@@ -220,6 +220,9 @@ class Rows:
 class Shard:
     """A shard opened for reading; use as a context manager.
 
+    Args:
+        whole: Read everything at once (a shard is some 64 MiB), for who looks at every row.
+
     Raises:
         IntegrityError: The file is not what its kind prescribes. Its digest is for the caller to check.
     """
@@ -227,7 +230,7 @@ class Shard:
     kind: ClassVar[str]
     schema: ClassVar[Schema]
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, whole: bool = False) -> None:
         self.path = path
         try:
             self._file = h5py.File(path, "r", locking=False)
@@ -236,6 +239,8 @@ class Shard:
         try:
             self._datasets = self._check()
             self._read_videos()
+            if whole:
+                self._datasets = {name: dataset[:] for name, dataset in self._datasets.items()}
         except (KeyError, ValueError, TypeError, OSError, RuntimeError) as error:  # h5py raises any of them
             self._file.close()
             raise IntegrityError(f"{path}: {error}", "Run 'fineco verify' on the collection.") from error
@@ -309,9 +314,8 @@ class Shard:
         raise NotImplementedError
 
     def rows(self, row: int) -> Rows:
-        """What there is of one video, checked, for `copy_rows`."""
-        self.check_row(row)
-        return Rows(self.kind, _pieces_of(row, self._datasets, self.offsets))
+        """What there is of one video as it was written, for `copy_rows`."""
+        return self._make(row, lambda pieces: Rows(self.kind, pieces))
 
     def row_digest(self, row: int) -> bytes:
         """The stored digest of a video's rows: equal for equal content of the same kind."""
@@ -451,5 +455,5 @@ _TYPES: dict[str, type[Shard]] = {t.kind: t for t in (FramesShard, FeaturesShard
 
 
 def open_shard(kind: str, path: Path) -> Any:
-    """A shard of a kind of data as collections name them: `frames`, `features`, `embeddings/SELECTION`."""
-    return _TYPES[kind.partition("/")[0]](path)
+    """A shard, read whole, of a kind of data as collections name them: `frames`, `features`, `embeddings/SELECTION`."""
+    return _TYPES[kind.partition("/")[0]](path, whole=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shlex
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ SEED = 0
 # Least cosine of a vector in the index with the one in the store, by how the index codes it.
 LEAST_COSINE = {"Flat": 1 - 1e-6, "SQ8": 0.99, "RaBitQ": 0.5}
 SHOWN_PROBLEMS = 50
+SAY_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,15 @@ class Examination:
         return [problem.name for problem in self.problems if problem.name.startswith(names)]
 
 
-def examine(folder: Path) -> Examination:
+def _ignore(line: str) -> None:
+    return None
+
+
+def examine(folder: Path, say: Callable[[str], None] = _ignore) -> Examination:
     """Reads and checks everything in a collection. Nothing is changed.
+
+    Args:
+        say: Gets a line now and then, of how far it is.
 
     Raises:
         UsageError: There is no collection.
@@ -81,7 +90,11 @@ def examine(folder: Path) -> Examination:
         found = Examination(collection, problems=[Problem(CONFIG_FILE, error.message)])
     rows = dict(_read_commits(found))
     lines: list[bytes] = []
-    for name, record in sorted(found.records.items()):
+    said = time.monotonic()
+    for n_done, (name, record) in enumerate(sorted(found.records.items())):
+        if time.monotonic() - said > SAY_SECONDS:
+            say(f"{n_done} of {len(found.records)} files checked")
+            said = time.monotonic()
         with _noticing(found, name):
             check_file(folder / name, record)
             lines += _check_shard(found, name, rows)
@@ -256,9 +269,9 @@ def _leftovers(found: Examination) -> list[str]:
     return sorted(names)
 
 
-def verify_collection(folder: Path) -> dict[str, Any]:
+def verify_collection(folder: Path, say: Callable[[str], None] = _ignore) -> dict[str, Any]:
     """`examine` as plain values. Raises as that."""
-    return verification(examine(folder))
+    return verification(examine(folder, say))
 
 
 def verification(found: Examination) -> dict[str, Any]:

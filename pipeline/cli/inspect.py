@@ -72,7 +72,7 @@ def verify(context: Context, folder: Path, as_json: bool, only_digest: bool, rep
         for line in hopeless:
             context.say(f"cannot be made again: {line}")
     else:
-        content = verify_collection(folder)
+        content = verify_collection(folder, context.say)
     if only_digest:
         for problem in content["problems"]:
             context.say(f"problem: {problem}")

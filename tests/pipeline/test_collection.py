@@ -18,9 +18,11 @@ import pytest
 from pipeline.collection import Collection
 from pipeline.commits import Commit, Row, State
 from pipeline.errors import FinecoError, IntegrityError, UsageError
-from pipeline.files import FileRecord, write_bytes
+from pipeline.files import FileRecord, seal, write_bytes
 from pipeline.lock import Lock
+from pipeline.repair import repair_collection
 from pipeline.types import Outcome, TimedText, Video
+from pipeline.verify import verify_collection
 
 ROOT = Path(__file__).parents[2]
 WEIRD_NAMES = [
@@ -266,6 +268,18 @@ def test_a_kill_at_any_step_of_a_commit_leaves_all_of_it_or_nothing(collection: 
     assert len(whole_after) == 19  # 3 files x (fsync, rename, fsync of the folder) x (before, after), and unharmed
     assert whole_after == sorted(whole_after)  # none until the last rename, all from then on
     assert whole_after.count(True) == 4
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"schema": 1, "config": {}, "encoder": null}', seal({"schema": 3, "config": {}})]
+)
+def test_a_collection_of_another_version_is_neither_read_nor_repaired(content: bytes, collection: Collection) -> None:
+    (collection.folder / "collection.json").write_bytes(content)
+    before = {p: p.read_bytes() for p in collection.folder.rglob("*") if p.is_file()}
+    for act in (Collection, verify_collection, repair_collection):
+        with pytest.raises(UsageError, match="another version"):
+            act(collection.folder)
+    assert {p: p.read_bytes() for p in collection.folder.rglob("*") if p.is_file()} == before
 
 
 @pytest.mark.fault
