@@ -89,7 +89,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '{"schema": 2}', '{"schema": 1}', '{"schema": 1, "config": [], "encoder": null}']
+    "content", ["", "{", "[]", "null", '{"schema": 2}', '{"schema": 2}', '{"schema": 2, "config": [], "encoder": null}']
 )
 def test_a_damaged_configuration_is_named(content: str, collection: Collection) -> None:
     (collection.folder / "collection.json").write_text(content)
