@@ -99,7 +99,8 @@ class _Worker:
             root = str(Path(__file__).parents[1])
             path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.decoding.worker"],
+                # -P: a file named json.py among the videos is not json
+                [sys.executable, "-P", "-m", "pipeline.decoding.worker"],
                 stdin=theirs.fileno(),
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,

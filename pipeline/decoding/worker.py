@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import math
 import mmap
 import os
+import pkgutil
 import signal
 import socket
 import sys
@@ -22,7 +24,6 @@ from collections import deque
 from typing import Any
 
 import av
-import av.subtitles.stream  # loaded late otherwise, by any file that is opened
 import numpy as np
 
 from pipeline.decoding.container import Report, open_video, reason
@@ -156,6 +157,9 @@ def _work(parent: _Parent, memory: mmap.mmap, descriptor: int, resizer: Resizer)
 
 def _load_the_rest(resizer: Resizer) -> None:
     """What libraries load when it is first needed; once the process is locked down they cannot."""
+    for module in pkgutil.walk_packages(av.__path__, "av."):  # PyAV loads a kind of stream when a file has one
+        if module.name not in ("av.__main__", "av.datasets"):
+            importlib.import_module(module.name)
     grey = av.VideoFrame.from_ndarray(np.full((16, 16, 3), 128, np.uint8), format="rgb24")
     to_jpeg(resizer(grey))
     with contextlib.suppress(VideoError), open(os.devnull, "rb") as nothing:
