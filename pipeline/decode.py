@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import mmap
 import os
 import selectors
@@ -117,6 +118,7 @@ class _Worker:
             theirs.close()
             ring.close()
         self.job: tuple[Video, int] | None = None
+        self.last_seconds: float | None = None  # of its last frame
         self.jobs_done = 0
         self.ready = False
         self.started = self.heard = time.monotonic()
@@ -137,7 +139,7 @@ class _Worker:
     def start(self, video: Video, attempt: int) -> None:
         """Hands a video over. Raises VideoError if it cannot be opened."""
         descriptor = open_file(video)
-        self.job = (video, attempt)
+        self.job, self.last_seconds = (video, attempt), None
         self.started = self.heard = time.monotonic()
         self.send({}, descriptor)
         os.close(descriptor)
@@ -201,6 +203,32 @@ def _anonymous_file() -> IO[bytes]:
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("fineco-frames"), "w+b", buffering=0)
     return tempfile.TemporaryFile()
+
+
+def _outcome(message: dict[str, Any], video: Video, attempt: int) -> VideoDecoded | VideoFailed:
+    """What a worker says became of its video; raises as `_finite` does if it does not say it properly."""
+    seconds = _finite(message["seconds"])
+    if message["kind"] == "failed":
+        return VideoFailed(
+            video, attempt, VideoError(str(message["code"]), str(message["message"])[:1000]), False, seconds
+        )
+    return VideoDecoded(
+        video,
+        attempt,
+        _finite(message["duration_seconds"]),
+        _finite(message["span_seconds"]),
+        int(message["n_decoded"]),
+        tuple(str(note) for note in message["notes"]),
+        seconds,
+        _finite(message["cpu_seconds"]),
+    )
+
+
+def _finite(number: Any) -> float:
+    """Raises ValueError or TypeError unless it is a finite number."""
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not finite")
+    return float(number)
 
 
 class DecodePool:
@@ -271,18 +299,16 @@ class DecodePool:
         more = True
         while not stop.is_set():
             for worker in [w for w in self._workers if w.job is None]:
-                if not more:
-                    break
-                video = next(waiting, None)
-                if video is None:
-                    more = False
-                else:
-                    if worker.jobs_done >= JOBS_PER_WORKER:
-                        worker = self._replace(worker)[0]
-                    yield from self._start(worker, video, 1)
-            busy = any(w.job for w in self._workers)
-            if not busy and not more:
-                if not alone:
+                while more and worker.job is None and not stop.is_set():  # until one can be opened
+                    video = next(waiting, None)
+                    if video is None:
+                        more = False
+                    else:
+                        if worker.jobs_done >= JOBS_PER_WORKER:
+                            worker = self._replace(worker)[0]
+                        yield from self._start(worker, video, 1)
+            if not any(w.job for w in self._workers):
+                if more or not alone:
                     return
                 yield from self._start(self._workers[0], alone.popleft(), 2)
             for event in self._wait():
@@ -326,28 +352,21 @@ class DecodePool:
             self._failed_starts = 0
         elif kind == "frame" and worker.job:
             data = worker.slot(message["slot"], message["size"])
-            yield DecodedFrame(*worker.job, message["seconds"], data.reshape(self._shape) if self._shape else data)
+            seconds = _finite(message["seconds"])
+            if worker.last_seconds is not None and seconds <= worker.last_seconds:
+                raise ValueError("frames out of order")
+            worker.last_seconds = seconds
+            yield DecodedFrame(*worker.job, seconds, data.reshape(self._shape) if self._shape else data)
             del data
             worker.send({"free": 1})
             worker.heard = time.monotonic()  # it may have waited for this slot: the consumer's time, not its own
         elif kind in ("done", "failed") and worker.job:
-            video, attempt = worker.job
+            event = _outcome(message, *worker.job)
+            if kind == "done" and worker.last_seconds is None:
+                raise ValueError("done without a frame")
             worker.job = None
             worker.jobs_done += 1
-            if kind == "done":
-                yield VideoDecoded(
-                    video,
-                    attempt,
-                    message["duration_seconds"],
-                    message["span_seconds"],
-                    message["n_decoded"],
-                    tuple(message["notes"]),
-                    message["seconds"],
-                    message["cpu_seconds"],
-                )
-            else:
-                error = VideoError(message["code"], message["message"])
-                yield VideoFailed(video, attempt, error, False, message["seconds"])
+            yield event
 
     def _lost(self, worker: _Worker, stalled: str | None) -> Iterator[DecodeEvent]:
         """A worker hung or died: a new one takes its place, its video is tried once more or given up."""

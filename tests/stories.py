@@ -12,8 +12,8 @@ from pathlib import Path
 from pipeline.decode import DecodedFrame, DecodeEvent, DecodePool, VideoDecoded
 from pipeline.types import UInt8, Video
 
-# Of a damaged file, at the first or the second attempt.
-KNOWN_CODES = {"invalid", "no_video", "no_frames", "max_pixels", "max_frames", "memory", "decode_error"}
+# What may become of a damaged file: no process dies of it, and no error is without a name.
+KNOWN_CODES = {"invalid", "no_video", "no_decoder", "no_frames", "max_pixels", "max_frames", "memory"}
 
 
 @dataclass

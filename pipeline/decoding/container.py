@@ -56,6 +56,10 @@ def open_video(descriptor: int, limits: DecodeLimits) -> tuple[Any, Any]:
     if not streams:
         container.close()
         raise VideoError("no_video", "no video stream")
+    streams = [s for s in streams if s.codec_context is not None]
+    if not streams:
+        container.close()
+        raise VideoError("no_decoder", "its video is in a format that FFmpeg does not know")
     # The default stream; among several the largest picture, then the first.
     stream = min(
         streams,

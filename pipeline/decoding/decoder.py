@@ -37,7 +37,7 @@ def sample_frames(
         (seconds on the video's time line, av.VideoFrame), in order of time.
 
     Raises:
-        VideoError: Codes `invalid`, `no_video`, `no_frames`, `max_pixels`, `max_frames`, `memory`.
+        VideoError: Codes `invalid`, `no_video`, `no_decoder`, `no_frames`, `max_pixels`, `max_frames`, `memory`.
     """
     if isinstance(file, str):
         with open(file, "rb", buffering=0) as opened:
