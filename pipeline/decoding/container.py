@@ -46,7 +46,12 @@ def open_video(descriptor: int, limits: DecodeLimits) -> tuple[Any, Any]:
     try:
         container = av.open(
             "fd:",
-            options={"fd": str(descriptor), "protocol_whitelist": "fd", "format_whitelist": CONTAINERS},
+            options={
+                "fd": str(descriptor),
+                "protocol_whitelist": "fd",
+                "format_whitelist": CONTAINERS,
+                "max_pixels": str(limits.max_pixels),  # of the frames that are decoded to see what they are
+            },
             metadata_errors="replace",
             timeout=(30, 30),
         )
@@ -148,12 +153,22 @@ def error_count() -> int:
     return int(av.logging.get_last_error()[0])
 
 
+class _Oversize(logging.Handler):
+    """Hears that FFmpeg refused a picture over `max_pixels`: the codes of its errors do not tell."""
+
+    seen = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen = self.seen or "max pixel count" in record.getMessage()
+
+
 def _count_errors_quietly() -> None:
     """FFmpeg's errors are counted, not printed: a damaged file says thousands. Skipping relies on the count."""
     av.logging.set_level(av.logging.ERROR)
     logger = logging.getLogger("libav")
     logger.propagate = False
-    logger.addHandler(logging.NullHandler())
+    logger.addHandler(oversize)
 
 
+oversize = _Oversize()
 _count_errors_quietly()

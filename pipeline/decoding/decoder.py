@@ -11,7 +11,16 @@ from typing import Any
 import av
 import numpy as np
 
-from pipeline.decoding.container import Clock, Report, error_count, frame_ticks, has_times, open_video, reason
+from pipeline.decoding.container import (
+    Clock,
+    Report,
+    error_count,
+    frame_ticks,
+    has_times,
+    open_video,
+    oversize,
+    reason,
+)
 from pipeline.decoding.skipping import NotAsExpectedError, iter_keyframes, iter_samples
 from pipeline.errors import VideoError
 from pipeline.sampling import CellPicker, Sampling, fps_picker, frames_picker
@@ -43,6 +52,7 @@ def sample_frames(
         with open(file, "rb", buffering=0) as opened:
             yield from sample_frames(opened.fileno(), sampling, report, limits, skip)
         return
+    oversize.seen = False
     emitted = 0
     last_seconds = -np.inf
     for skipping in (True, False) if skip else (False,):
@@ -73,6 +83,8 @@ def sample_frames(
             continue
         finally:
             container.close()
+    if not emitted and oversize.seen:
+        raise VideoError("max_pixels", f"its pictures are over {limits.max_pixels} pixels")
     _finish_report(clock, report, emitted, error_count() - errors)
 
 

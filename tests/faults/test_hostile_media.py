@@ -365,7 +365,7 @@ def _guard(file: str, old: str, new: str, test: str) -> Guard:
 GUARDS = [
     _guard(
         "decoding/container.py",
-        ', "format_whitelist": CONTAINERS',
+        '                "format_whitelist": CONTAINERS,\n',
         "",
         "test_only_the_containers_on_the_list_are_opened",
     ),
