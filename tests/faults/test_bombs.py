@@ -207,13 +207,6 @@ GUARDS = [
     ),
     Guard(
         (9,),
-        "pipeline/decoding/worker.py",
-        "            if self.used() > self._seconds:",
-        "            if False:",
-        "test_a_million_frames_end_at_the_limit_of_processor_time",
-    ),
-    Guard(
-        (9,),
         "pipeline/decoding/decoder.py",
         "                if emitted > limits.max_frames:",
         "                if False:",

@@ -165,7 +165,9 @@ def test_every_video_has_its_processor_time_for_itself(bad_decoders: None, tmp_p
         video(encode_video(tmp_path / f"{i}.mp4", n_frames=10, size=(64 + 2 * i, 48))) for i in range(2)
     ]
     with DecodePool(1, ONCE_A_SECOND, GEOMETRY, DecodeLimits(cpu_seconds=1.0)) as pool:
+        process = pool._workers[0].process
         stories = decode_all(pool, [videos[0], *videos[1:], video(videos[0].path, "again")])
+        assert pool._workers[0].process is process  # it looked at the clock itself: nobody had to kill it
     assert [story.failures for story in stories.values()] == [[("cpu_time", False)], [], [], [("cpu_time", False)]]
 
 
@@ -207,6 +209,14 @@ def test_a_decoder_that_lies_to_its_parent_is_a_dead_one(
         stories = decode_all(pool, [*liar, third])
     assert stories[liar[0].video_id].failures == [("crash", True), ("crash", False)]
     assert stories[third.video_id].seconds == [0.0, 1.0, 2.0]
+
+
+def test_a_slot_that_there_is_not_is_never_looked_at() -> None:
+    with DecodePool(1, ONCE_A_SECOND, GEOMETRY, DecodeLimits(), jpeg=True) as pool:
+        worker = pool._workers[0]
+        for number, size in ((0, -1), (-1, 1), (worker.n_slots, 1), (0, worker.slot_bytes + 1)):
+            with pytest.raises(ValueError, match="a slot that there is not"):
+                worker.slot(number, size)
 
 
 def test_a_run_among_bad_decoders_ends_with_every_outcome(
@@ -295,7 +305,7 @@ GUARDS = [
         "decode.py",
         "        if not (0 <= number < self.n_slots and 0 <= size <= self.slot_bytes):",
         "        if False:",
-        "test_a_decoder_that_lies_to_its_parent_is_a_dead_one",
+        "test_a_slot_that_there_is_not_is_never_looked_at",
     ),
     _guard(
         (10,),
