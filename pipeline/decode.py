@@ -2,16 +2,21 @@
 
 Each worker owns a ring of slots in memory shared with this process (an anonymous file: nothing is left behind whatever
 dies). It fills slots and waits when all are full, so a slow consumer slows decoding down and memory stays bounded,
-however long a video is.
+however long a video is. This process opens the videos and hands them over, but never reads them; a worker can open
+nothing itself (`pipeline.decoding.sandbox`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import mmap
 import os
 import selectors
+import signal
+import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -28,6 +33,7 @@ import numpy as np
 
 from pipeline.errors import FinecoError, VideoError
 from pipeline.sampling import Sampling
+from pipeline.sources import why_refused
 from pipeline.types import DecodeLimits, FrameGeometry, UInt8, Video
 
 RING_BYTES = 32 << 20
@@ -35,6 +41,8 @@ MAX_SLOTS = 128
 JOBS_PER_WORKER = 500  # then a fresh one, lest a leak in a decoder adds up over a million videos
 MAX_FAILED_STARTS = 3
 START_SECONDS = 60.0  # a cold disk is no hanging decoder
+MAX_MESSAGE_BYTES = 1 << 20  # of a worker's; the longest there are hold a few notes
+LAST_WORDS_BYTES = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,30 +90,35 @@ class _Worker:
     def __init__(self, settings: dict[str, Any]) -> None:
         size = settings["slot_bytes"] * settings["n_slots"]
         self.slot_bytes: int = settings["slot_bytes"]
-        self._file: IO[bytes] | None = None
-        if hasattr(os, "memfd_create"):
-            descriptor = os.memfd_create("fineco-frames")
-        else:
-            self._file = tempfile.TemporaryFile()
-            descriptor = self._file.fileno()
+        self.n_slots: int = settings["n_slots"]
+        self._socket, theirs = socket.socketpair()
+        self._stderr = tempfile.TemporaryFile()
+        ring = _anonymous_file()
         try:
-            os.ftruncate(descriptor, size)
-            self.memory = mmap.mmap(descriptor, size)
-            self._stderr = tempfile.TemporaryFile()
+            os.ftruncate(ring.fileno(), size)
+            self.memory = mmap.mmap(ring.fileno(), size)
             root = str(Path(__file__).parents[1])
+            path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.decoding.worker"],
-                stdin=subprocess.PIPE,
+                # -P: a file named json.py among the videos is not json
+                [sys.executable, "-P", "-m", "pipeline.decoding.worker"],
+                stdin=theirs.fileno(),
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
-                pass_fds=(descriptor,),
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))},
+                pass_fds=(ring.fileno(),),
+                # Threads of numpy's that nobody asked for would escape the sandbox.
+                env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
             )
-            self.send({**settings, "memory_fd": descriptor})
+            self.send({**settings, "memory_fd": ring.fileno()})
+        except BaseException:
+            self._socket.close()
+            self._stderr.close()
+            raise
         finally:
-            if self._file is None:
-                os.close(descriptor)
+            theirs.close()
+            ring.close()
         self.job: tuple[Video, int] | None = None
+        self.last_seconds: float | None = None  # of its last frame
         self.jobs_done = 0
         self.ready = False
         self.started = self.heard = time.monotonic()
@@ -116,18 +129,20 @@ class _Worker:
         self.stdout: IO[bytes] = stdout
         os.set_blocking(self.stdout.fileno(), False)
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any], *descriptors: int) -> None:
         """Writes one line to the worker; a worker that died is noticed when it is read from."""
-        with contextlib.suppress(BrokenPipeError):
-            stdin = self.process.stdin
-            if stdin is not None:
-                stdin.write(json.dumps(message).encode() + b"\n")
-                stdin.flush()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            data = json.dumps(message).encode() + b"\n"
+            sent = socket.send_fds(self._socket, [data], descriptors) if descriptors else 0
+            self._socket.sendall(data[sent:])
 
     def start(self, video: Video, attempt: int) -> None:
-        self.job = (video, attempt)
+        """Hands a video over. Raises VideoError if it cannot be opened."""
+        descriptor = open_file(video)
+        self.job, self.last_seconds = (video, attempt), None
         self.started = self.heard = time.monotonic()
-        self.send({"path": os.fsencode(video.path).hex()})
+        self.send({}, descriptor)
+        os.close(descriptor)
 
     def receive(self) -> tuple[list[dict[str, Any]], bool]:
         """Messages that have come, and whether the process is gone."""
@@ -135,27 +150,85 @@ class _Worker:
         if data is None:
             return [], False
         *lines, self._buffer = (self._buffer + data).split(b"\n")
+        if len(self._buffer) > MAX_MESSAGE_BYTES:
+            raise ValueError("a message without an end")
         self.heard = time.monotonic()
         return [json.loads(line) for line in lines], not data
 
     def slot(self, number: int, size: int) -> UInt8:
         """A view of the bytes in a slot."""
+        if not (0 <= number < self.n_slots and 0 <= size <= self.slot_bytes):
+            raise ValueError("a slot that there is not")
         return np.frombuffer(self.memory, np.uint8, count=size, offset=number * self.slot_bytes)
 
-    def stop(self) -> str:
-        """Kills the process; returns what it died of, in words."""
+    def stop(self) -> tuple[int, str]:
+        """Kills the process; returns its exit status and what it died of, in words."""
         self.process.kill()
-        code = self.process.wait()
+        status = self.process.wait()
         self.stdout.close()
-        if self.process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.close()
-        self._stderr.seek(0)
-        last_words = self._stderr.read()[-2000:].decode("utf-8", "replace").strip().splitlines()
+        self._socket.close()
+        self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - LAST_WORDS_BYTES))
+        last_words = self._stderr.read(LAST_WORDS_BYTES).decode("utf-8", "replace").strip().splitlines()
         self._stderr.close()
-        if self._file is not None:
-            self._file.close()
-        return last_words[-1][:200] if last_words else f"exit status {code}"
+        return status, last_words[-1][:200] if last_words else f"exit status {status}"
+
+
+def open_file(video: Video) -> int:
+    """Opens a video for reading and returns the descriptor; anything but a regular file is never opened.
+
+    Raises:
+        VideoError: Codes `missing`, `unreadable`, `not_a_file`, `changed` (since its content was recorded).
+    """
+    try:
+        if not stat.S_ISREG(os.stat(video.path).st_mode):  # a pipe would wait for its writer
+            raise VideoError("not_a_file", "is not a regular file")
+        descriptor = os.open(video.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        raise VideoError(*why_refused(video.path, error)) from error
+    except ValueError as error:  # a NUL in the name
+        raise VideoError("missing", f"is no name of a file: {error}") from error
+    status = os.fstat(descriptor)
+    found = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    regular = stat.S_ISREG(status.st_mode)  # what is there may have changed meanwhile
+    if regular and (not video.size_bytes or found == (video.size_bytes, video.mtime_ns, video.ctime_ns)):
+        return descriptor
+    os.close(descriptor)
+    if not regular:
+        raise VideoError("not_a_file", "is not a regular file")
+    raise VideoError("changed", "the file changed since it was found; run again")
+
+
+def _anonymous_file() -> IO[bytes]:
+    """A file without a name, in memory where the system can."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("fineco-frames"), "w+b", buffering=0)
+    return tempfile.TemporaryFile()
+
+
+def _outcome(message: dict[str, Any], video: Video, attempt: int) -> VideoDecoded | VideoFailed:
+    """What a worker says became of its video; raises as `_finite` does if it does not say it properly."""
+    seconds = _finite(message["seconds"])
+    if message["kind"] == "failed":
+        return VideoFailed(
+            video, attempt, VideoError(str(message["code"]), str(message["message"])[:1000]), False, seconds
+        )
+    return VideoDecoded(
+        video,
+        attempt,
+        _finite(message["duration_seconds"]),
+        _finite(message["span_seconds"]),
+        int(message["n_decoded"]),
+        tuple(str(note) for note in message["notes"]),
+        seconds,
+        _finite(message["cpu_seconds"]),
+    )
+
+
+def _finite(number: Any) -> float:
+    """Raises ValueError or TypeError unless it is a finite number."""
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not finite")
+    return float(number)
 
 
 class DecodePool:
@@ -176,6 +249,7 @@ class DecodePool:
         slot_bytes = geometry.height * width * 3 + (4096 if jpeg else 0)
         self.geometry = geometry
         self._stall_seconds = limits.stall_seconds
+        self._cpu_seconds = limits.cpu_seconds
         self._shape = None if jpeg else (geometry.height, geometry.width, 3)
         self._settings = {
             "slot_bytes": slot_bytes,
@@ -188,8 +262,12 @@ class DecodePool:
         self._failed_starts = 0
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
-        for _ in range(n_workers):
-            self._add_worker()
+        try:
+            for _ in range(n_workers):
+                self._add_worker()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> DecodePool:
         return self
@@ -221,20 +299,18 @@ class DecodePool:
         more = True
         while not stop.is_set():
             for worker in [w for w in self._workers if w.job is None]:
-                if not more:
-                    break
-                video = next(waiting, None)
-                if video is None:
-                    more = False
-                else:
-                    if worker.jobs_done >= JOBS_PER_WORKER:
-                        worker = self._replace(worker)[0]
-                    worker.start(video, 1)
-            busy = any(w.job for w in self._workers)
-            if not busy and not more:
-                if not alone:
+                while more and worker.job is None and not stop.is_set():  # until one can be opened
+                    video = next(waiting, None)
+                    if video is None:
+                        more = False
+                    else:
+                        if worker.jobs_done >= JOBS_PER_WORKER:
+                            worker = self._replace(worker)[0]
+                        yield from self._start(worker, video, 1)
+            if not any(w.job for w in self._workers):
+                if more or not alone:
                     return
-                self._workers[0].start(alone.popleft(), 2)
+                yield from self._start(self._workers[0], alone.popleft(), 2)
             for event in self._wait():
                 if isinstance(event, VideoFailed) and event.will_retry:
                     alone.append(event.video)
@@ -242,14 +318,23 @@ class DecodePool:
                 if stop.is_set():
                     return
 
+    def _start(self, worker: _Worker, video: Video, attempt: int) -> Iterator[DecodeEvent]:
+        try:
+            worker.start(video, attempt)
+        except VideoError as error:
+            yield VideoFailed(video, attempt, error, False, 0.0)
+
     def _wait(self) -> Iterator[DecodeEvent]:
         """Waits for messages, or for a worker's time to run out."""
         ready = self._selector.select(timeout=min(1.0, self._stall_seconds))
         for key, _ in ready:
             worker: _Worker = key.data
-            messages, gone = worker.receive()
-            for message in messages:
-                yield from self._handle(worker, message)
+            try:
+                messages, gone = worker.receive()
+                for message in messages:
+                    yield from self._handle(worker, message)
+            except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
+                gone = True  # it does not keep to the protocol: a decoder that a file has taken over
             if gone:
                 yield from self._lost(worker, None)
         # Silent is only who has said nothing that is still unread: the consumer of the events above took its time.
@@ -267,33 +352,26 @@ class DecodePool:
             self._failed_starts = 0
         elif kind == "frame" and worker.job:
             data = worker.slot(message["slot"], message["size"])
-            yield DecodedFrame(*worker.job, message["seconds"], data.reshape(self._shape) if self._shape else data)
+            seconds = _finite(message["seconds"])
+            if worker.last_seconds is not None and seconds <= worker.last_seconds:
+                raise ValueError("frames out of order")
+            worker.last_seconds = seconds
+            yield DecodedFrame(*worker.job, seconds, data.reshape(self._shape) if self._shape else data)
             del data
             worker.send({"free": 1})
             worker.heard = time.monotonic()  # it may have waited for this slot: the consumer's time, not its own
         elif kind in ("done", "failed") and worker.job:
-            video, attempt = worker.job
+            event = _outcome(message, *worker.job)
+            if kind == "done" and worker.last_seconds is None:
+                raise ValueError("done without a frame")
             worker.job = None
             worker.jobs_done += 1
-            if kind == "done":
-                yield VideoDecoded(
-                    video,
-                    attempt,
-                    message["duration_seconds"],
-                    message["span_seconds"],
-                    message["n_decoded"],
-                    tuple(message["notes"]),
-                    message["seconds"],
-                    message["cpu_seconds"],
-                )
-            else:
-                error = VideoError(message["code"], message["message"])
-                yield VideoFailed(video, attempt, error, False, message["seconds"])
+            yield event
 
     def _lost(self, worker: _Worker, stalled: str | None) -> Iterator[DecodeEvent]:
         """A worker hung or died: a new one takes its place, its video is tried once more or given up."""
         job, started, was_ready = worker.job, worker.started, worker.ready
-        _, last_words = self._replace(worker)
+        _, status, last_words = self._replace(worker)
         if not was_ready:
             self._failed_starts += 1
             if self._failed_starts > MAX_FAILED_STARTS:
@@ -302,18 +380,25 @@ class DecodePool:
             video, attempt = job
             if stalled:
                 error = VideoError("timeout", stalled)
+            elif status == -signal.SIGXCPU:
+                error = VideoError("cpu_time", f"needs over {self._cpu_seconds:g} s of processor time")
             else:
                 error = VideoError("crash", f"the decoding process died ({last_words})")
-            yield VideoFailed(video, attempt, error, attempt == 1, time.monotonic() - started)
+            will_retry = attempt == 1 and error.code != "cpu_time"
+            yield VideoFailed(video, attempt, error, will_retry, time.monotonic() - started)
 
-    def _replace(self, worker: _Worker) -> tuple[_Worker, str]:
+    def _replace(self, worker: _Worker) -> tuple[_Worker, int, str]:
+        """A new worker in the place of this one; how that one ended."""
         self._selector.unregister(worker.stdout)
         self._workers.remove(worker)
-        last_words = worker.stop()
-        return self._add_worker(), last_words
+        status, last_words = worker.stop()
+        return self._add_worker(), status, last_words
 
     def _add_worker(self) -> _Worker:
-        worker = _Worker(self._settings)
+        try:
+            worker = _Worker(self._settings)
+        except OSError as error:
+            raise FinecoError(f"decoding processes do not start: {error}", "Run 'fineco doctor'.") from error
         self._workers.append(worker)
         self._selector.register(worker.stdout, selectors.EVENT_READ, worker)
         return worker

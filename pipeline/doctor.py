@@ -51,6 +51,10 @@ _PROBES: Mapping[str, str] = {
 import av
 tell(version=av.__version__, ffmpeg=getattr(av, "ffmpeg_version_info", ""), libraries=av.library_versions)
 """,
+    "isolation": """
+from pipeline.decoding.sandbox import lock_down
+tell(fences=lock_down())
+""",
     "faiss": """
 import faiss
 tell(version=faiss.__version__, gpu_build="GPU" in faiss.get_compile_options().split())
@@ -104,6 +108,7 @@ def examine(folder: Path = Path(), probe: Callable[[str], Facts] | None = None) 
         *_torch(stack),
         *_devices(stack),
         _library("av", facts["av"], lambda f: f"{f['version']}, FFmpeg {f['ffmpeg']} ({_libraries(f['libraries'])})"),
+        _isolation(facts["isolation"]),
         *_faiss(facts["faiss"], bool(stack.get("devices"))),
         _library("h5py", facts["h5py"], lambda f: f"{f['version']}, HDF5 {f['hdf5']}"),
         *_models(stack),
@@ -189,6 +194,17 @@ def _devices(facts: Facts) -> list[Finding]:
     elif problem:
         findings.append(Finding("gpu", f"none ({problem})", "note", "Models run on the CPU: slower, same results."))
     return findings
+
+
+def _isolation(facts: Facts) -> Finding:
+    """What a process that decodes can no longer do, tried in one that decodes nothing."""
+    fences: list[str] = facts.get("fences", [])
+    if len(fences) == 2:
+        return Finding("decoder isolation", ", ".join(fences))
+    missing = "no Landlock" if fences == ["seccomp"] else "no seccomp" if fences else "neither Landlock nor seccomp"
+    value = ", ".join([*fences, missing]) + (f" ({facts['error']})" if "error" in facts else "")
+    cure = "A file that takes a decoder over is held by less. Both are in Linux 5.13 or newer on x86-64 and arm64."
+    return Finding("decoder isolation", value, "note", cure)
 
 
 def _faiss(facts: Facts, cuda: bool) -> list[Finding]:

@@ -48,6 +48,7 @@ def encode_video(
     gop: int | None = None,
     b_frames: int | None = None,
     options: Mapping[str, str] | None = None,
+    container_options: Mapping[str, str] | None = None,
     pts: Sequence[int] | None = None,
     time_base: Fraction | None = None,
     pixel_format: str = "yuv420p",
@@ -60,13 +61,14 @@ def encode_video(
         size: (width, height) of the moving pictures.
         gop, b_frames: The encoder's own choice unless given.
         options: Of the encoder, over `ENCODER_OPTIONS`.
+        container_options: Of the muxer.
         pts: A time for each picture in ticks of `time_base`; else constant `fps`.
         rotation: Degrees written into the display matrix.
     """
     given = [moving_picture(i, size) for i in range(n_frames)] if pictures is None else list(pictures)
     height, width = given[0].shape[:2]
     tick = time_base or 1 / Fraction(fps)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=dict(container_options or {})) as container:
         stream: Any = container.add_stream(codec, rate=Fraction(fps))
         context = stream.codec_context
         context.width, context.height, context.pix_fmt = width, height, pixel_format
@@ -132,6 +134,7 @@ def plain_frames(path: Path) -> list[PlainFrame]:
     return frames
 
 
-def video(path: Path, video_id: str | None = None) -> Video:
+def video(path: Path | str, video_id: str | None = None, **more: Any) -> Video:
     """The catalog's entry for a file, as far as decoding cares."""
-    return Video(video_id=video_id or path.stem, content="0" * 32, path=str(path), size_bytes=0, mtime_ns=0, ctime_ns=0)
+    known = {"content": "0" * 32, "path": str(path), "size_bytes": 0, "mtime_ns": 0, "ctime_ns": 0}
+    return Video(video_id=Path(path).stem if video_id is None else video_id, **{**known, **more})

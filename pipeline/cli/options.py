@@ -103,6 +103,13 @@ limit_options = options(
     click.option(
         "--max-memory", type=POSITIVE, default=4.0, show_default=True, help="GiB a decoding process may take."
     ),
+    click.option(
+        "--max-cpu",
+        type=POSITIVE,
+        default=14_400.0,
+        show_default=True,
+        help="Seconds of processor time that decoding one video may take.",
+    ),
 )
 selection_options = options(
     click.option(
@@ -205,6 +212,7 @@ def machine_from(context: Context, device: str = "auto", **given: Any) -> Machin
             max_pixels=given["max_pixels"],
             memory_bytes=int(given["max_memory"] * (1 << 30)),
             stall_seconds=given["timeout"],
+            cpu_seconds=given["max_cpu"],
         )
     return Machine(device, given.get("workers"), given.get("batch_size"), limits, context.quiet, context.say)
 

@@ -36,12 +36,22 @@ class Report:
     alive: Callable[[], object] = bool  # called for every packet
 
 
-def open_video(path: str, limits: DecodeLimits) -> tuple[Any, Any]:
-    """Opens the container and its one video stream, hardened. Returns (container, stream)."""
+def open_video(descriptor: int, limits: DecodeLimits) -> tuple[Any, Any]:
+    """Opens the container and its one video stream, hardened. Returns (container, stream).
+
+    A descriptor has no name that could be taken for an address, and a process that may open nothing can read it. Close
+    one container of a descriptor before the next is opened: they share its offset.
+    """
+    os.lseek(descriptor, 0, os.SEEK_SET)
     try:
         container = av.open(
-            os.path.abspath(path),  # a name such as "http://..." or "-" becomes a path
-            options={"protocol_whitelist": "file", "format_whitelist": CONTAINERS},
+            "fd:",
+            options={
+                "fd": str(descriptor),
+                "protocol_whitelist": "fd",
+                "format_whitelist": CONTAINERS,
+                "max_pixels": str(limits.max_pixels),  # of the frames that are decoded to see what they are
+            },
             metadata_errors="replace",
             timeout=(30, 30),
         )
@@ -51,6 +61,10 @@ def open_video(path: str, limits: DecodeLimits) -> tuple[Any, Any]:
     if not streams:
         container.close()
         raise VideoError("no_video", "no video stream")
+    streams = [s for s in streams if s.codec_context is not None]
+    if not streams:
+        container.close()
+        raise VideoError("no_decoder", "its video is in a format that FFmpeg does not know")
     # The default stream; among several the largest picture, then the first.
     stream = min(
         streams,
@@ -139,12 +153,22 @@ def error_count() -> int:
     return int(av.logging.get_last_error()[0])
 
 
+class _Oversize(logging.Handler):
+    """Hears that FFmpeg refused a picture over `max_pixels`: the codes of its errors do not tell."""
+
+    seen = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen = self.seen or "max pixel count" in record.getMessage()
+
+
 def _count_errors_quietly() -> None:
     """FFmpeg's errors are counted, not printed: a damaged file says thousands. Skipping relies on the count."""
     av.logging.set_level(av.logging.ERROR)
     logger = logging.getLogger("libav")
     logger.propagate = False
-    logger.addHandler(logging.NullHandler())
+    logger.addHandler(oversize)
 
 
+oversize = _Oversize()
 _count_errors_quietly()

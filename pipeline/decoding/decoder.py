@@ -11,22 +11,32 @@ from typing import Any
 import av
 import numpy as np
 
-from pipeline.decoding.container import Clock, Report, error_count, frame_ticks, has_times, open_video, reason
+from pipeline.decoding.container import (
+    Clock,
+    Report,
+    error_count,
+    frame_ticks,
+    has_times,
+    open_video,
+    oversize,
+    reason,
+)
 from pipeline.decoding.skipping import NotAsExpectedError, iter_keyframes, iter_samples
 from pipeline.errors import VideoError
 from pipeline.sampling import CellPicker, Sampling, fps_picker, frames_picker
 from pipeline.types import DecodeLimits
 
+Times = tuple[list[int], set[int]]  # sorted presentation times of all frames, and those of the keyframes
 MAX_BAD_PACKETS = 300  # in a row without a frame: what follows is noise
 
 
 def sample_frames(
-    path: str, sampling: Sampling, report: Report, limits: DecodeLimits, skip: bool = True
+    file: str | int, sampling: Sampling, report: Report, limits: DecodeLimits, skip: bool = True
 ) -> Iterator[Any]:
     """Decodes the sampled frames of one video.
 
     Args:
-        path: The file.
+        file: A path, or an open descriptor of a file, which stays open.
         sampling: Which frames.
         report: Filled while decoding; complete when the iterator ends.
         limits: Of pixels and frames.
@@ -36,17 +46,28 @@ def sample_frames(
         (seconds on the video's time line, av.VideoFrame), in order of time.
 
     Raises:
-        VideoError: Codes `invalid`, `no_video`, `no_frames`, `max_pixels`, `max_frames`, `memory`.
+        VideoError: Codes `invalid`, `no_video`, `no_decoder`, `no_frames`, `max_pixels`, `max_frames`, `memory`.
     """
+    if isinstance(file, str):
+        with open(file, "rb", buffering=0) as opened:
+            yield from sample_frames(opened.fileno(), sampling, report, limits, skip)
+        return
+    oversize.seen = False
     emitted = 0
     last_seconds = -np.inf
     for skipping in (True, False) if skip else (False,):
-        container, stream = open_video(path, limits)
-        clock = Clock(container, stream, report)
         report.skipping = skipping
+        times: Times | None = None
+        if sampling.mode != "fps":  # before the container is opened that is decoded: they share an offset
+            try:
+                times = _all_times(file, limits, skipping, report)
+            except NotAsExpectedError:
+                continue
+        container, stream = open_video(file, limits)
+        clock = Clock(container, stream, report)
         errors = error_count()
         try:
-            for pts, frame in _samples(path, container, stream, sampling, clock, limits, skipping):
+            for pts, frame in _samples(container, stream, sampling, clock, times, skipping):
                 seconds = clock.seconds(pts)
                 if seconds <= last_seconds:  # came out before the stream turned out to need the plain way
                     continue
@@ -62,6 +83,8 @@ def sample_frames(
             continue
         finally:
             container.close()
+    if not emitted and oversize.seen:
+        raise VideoError("max_pixels", f"its pictures are over {limits.max_pixels} pixels")
     _finish_report(clock, report, emitted, error_count() - errors)
 
 
@@ -80,15 +103,15 @@ def _finish_report(clock: Clock, report: Report, emitted: int, errors: int) -> N
 
 
 def _samples(
-    path: str, container: Any, stream: Any, sampling: Sampling, clock: Clock, limits: DecodeLimits, skipping: bool
+    container: Any, stream: Any, sampling: Sampling, clock: Clock, times: Times | None, skipping: bool
 ) -> Iterator[tuple[int, Any]]:
     """Yields (pts, frame) of the samples, by skipping or the plain way."""
     keyframe_pts: set[int] = set()
     picker: CellPicker | None = None
-    if sampling.mode == "fps":
+    if times is None:
         clock.report.span_seconds = 1.0 / sampling.value
     else:
-        all_pts, keyframe_pts = _all_times(path, limits, skipping)
+        all_pts, keyframe_pts = times
         if sampling.mode == "frames":
             picker, clock.report.span_seconds = frames_picker(int(sampling.value), all_pts, clock.time_base)
         else:
@@ -120,15 +143,16 @@ def _samples(
                 yield pts, frame
 
 
-def _all_times(path: str, limits: DecodeLimits, skipping: bool) -> tuple[list[int], set[int]]:
+def _all_times(descriptor: int, limits: DecodeLimits, skipping: bool, report: Report) -> Times:
     """Sorted presentation times of the whole video, and those of its keyframes: from the packets, without decoding;
     or, where packets have no usable times, from the decoded frames (and then skipping is out of the question)."""
-    container, stream = open_video(path, limits)
+    container, stream = open_video(descriptor, limits)
     try:
         pairs: list[tuple[int, bool]] = []
         last_dts = None
         with contextlib.suppress(av.FFmpegError):
             for packet in container.demux(stream):
+                report.alive()
                 if not packet.size:
                     continue
                 jumped = packet.dts is not None and last_dts is not None and packet.dts <= last_dts
@@ -143,9 +167,9 @@ def _all_times(path: str, limits: DecodeLimits, skipping: bool) -> tuple[list[in
     if not pairs:
         if skipping:
             raise NotAsExpectedError
-        container, stream = open_video(path, limits)
+        container, stream = open_video(descriptor, limits)
         try:
-            clock = Clock(container, stream, Report())
+            clock = Clock(container, stream, Report(alive=report.alive))
             pairs = [(pts, bool(frame.key_frame)) for pts, frame in _plain(container, stream, clock)]
         finally:
             container.close()

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,86 +18,30 @@ import pytest
 from PIL import Image
 
 import pipeline.decode
-from pipeline.decode import DecodedFrame, DecodeEvent, DecodePool, VideoDecoded, VideoFailed
+from pipeline.decode import DecodedFrame, DecodePool, VideoFailed
 from pipeline.decoding.container import Report
 from pipeline.decoding.decoder import sample_frames
 from pipeline.decoding.pixels import Resizer
 from pipeline.errors import FinecoError
 from pipeline.sampling import Sampling
 from pipeline.types import DecodeLimits, FrameGeometry, UInt8, Video
+from stories import Story, decode_all, hear, nothing_left_behind
 from videos import encode_video, video
 
 ROOT = Path(__file__).parents[2]
 GEOMETRY = FrameGeometry(32, 32)
 EVERY_FRAME = Sampling("fps", 1000.0)
 ONCE_A_SECOND = Sampling("fps", 1.0)
-KNOWN_CODES = {"invalid", "no_video", "no_frames", "max_pixels", "max_frames", "memory", "decode_error", "crash"}
-
-
-@dataclass
-class Story:
-    """What was heard of one video."""
-
-    seconds: list[float] = field(default_factory=list)  # of the last attempt
-    pixels: list[UInt8] = field(default_factory=list)
-    decoded: VideoDecoded | None = None
-    failures: list[tuple[str, bool]] = field(default_factory=list)
-    attempt: int = 1
-
-    @property
-    def over(self) -> bool:
-        return self.decoded is not None or any(not will_retry for _, will_retry in self.failures)
-
-
-def hear(stories: dict[str, Story], event: DecodeEvent) -> None:
-    """Adds an event to its video's story, checking the promise of order on the way."""
-    story = stories.setdefault(event.video.video_id, Story())
-    assert not story.over
-    if event.attempt != story.attempt:
-        assert story.failures[-1][1], "a second attempt that was not announced"
-        story.attempt, story.seconds, story.pixels = event.attempt, [], []
-    if isinstance(event, DecodedFrame):
-        assert not story.seconds or event.seconds > story.seconds[-1]
-        story.seconds.append(event.seconds)
-        story.pixels.append(event.data.copy())
-    elif isinstance(event, VideoDecoded):
-        story.decoded = event
-    else:
-        story.failures.append((event.error.code, event.will_retry))
-
-
-def decode_all(pool: DecodePool, videos: Sequence[Video]) -> dict[str, Story]:
-    stories: dict[str, Story] = {}
-    stop = threading.Event()
-    timer = threading.Timer(40.0, stop.set)
-    timer.start()
-    for event in pool.decode(videos, stop):
-        hear(stories, event)
-    timer.cancel()
-    assert all(story.over for story in stories.values())
-    assert set(stories) == {v.video_id for v in videos}
-    return stories
 
 
 def worker_of(pool: DecodePool, wanted: Video) -> subprocess.Popen[bytes]:
     return next(w.process for w in pool._workers if w.job is not None and w.job[0] == wanted)
 
 
-def children() -> set[int]:
-    """Processes that this one started and that still are, zombies included."""
-    found: set[int] = set()
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):  # a thread that has just ended
-            found.update(int(pid) for pid in (task / "children").read_text().split())
-    return found
-
-
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    before, descriptors = children(), len(os.listdir("/proc/self/fd"))
-    yield
-    assert children() <= before
-    assert len(os.listdir("/proc/self/fd")) <= descriptors + 1
+    with nothing_left_behind():
+        yield
 
 
 @pytest.fixture
@@ -347,38 +289,3 @@ def alive(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     return False
-
-
-@pytest.mark.fault
-def test_damaged_files_end_in_known_outcomes(tmp_path: Path) -> None:
-    """Sixty mutations of one file: bytes flipped, pieces zeroed, doubled, removed, the end cut."""
-    whole = encode_video(tmp_path / "whole.mp4", n_frames=40, size=(64, 48), gop=10).read_bytes()
-    rng = random.Random(20)
-    mutants = []
-    for i in range(60):
-        data = bytearray(whole)
-        for _ in range(rng.choice([1, 3, 20])):
-            start = rng.randrange(len(data))
-            size = rng.choice([1, 4, 64, 512])
-            piece = data[start : start + size]
-            kind = rng.choice(["flip", "zero", "double", "remove", "cut"] if len(data) > 1024 else ["flip"])
-            if kind == "flip":
-                data[start] ^= 1 << rng.randrange(8)
-            elif kind == "zero":
-                data[start : start + size] = bytes(len(piece))
-            elif kind == "double":
-                data[start:start] = piece
-            elif kind == "remove":
-                del data[start : start + size]
-            else:
-                del data[max(512, start) :]
-        path = tmp_path / f"mutant-{i}.mp4"
-        path.write_bytes(data)
-        mutants.append(video(path))
-    with DecodePool(2, Sampling("fps", 5.0), GEOMETRY, DecodeLimits(stall_seconds=20)) as pool:
-        stories = decode_all(pool, mutants)
-    codes = {story.failures[-1][0] for story in stories.values() if story.failures}
-    assert codes <= KNOWN_CODES
-    decoded = [story for story in stories.values() if story.decoded is not None]
-    assert 10 < len(decoded) < 60  # some of each, or the mutations say nothing
-    assert all(story.seconds for story in decoded)

@@ -19,6 +19,7 @@ from pipeline.doctor import Finding, examine, problems, run_probe
 
 HEALTHY: Mapping[str, Mapping[str, Any]] = {
     "av": {"version": "18.1.0", "ffmpeg": "8.1.2", "libraries": {"libavcodec": [62, 28, 102], "libavdevice": [1]}},
+    "isolation": {"fences": ["Landlock 7", "seccomp"]},
     "faiss": {"version": "1.15.1", "gpu_build": True, "gpus": 1},
     "h5py": {"version": "3.16.0", "hdf5": "2.0.0"},
     "torch": {
@@ -174,3 +175,14 @@ def test_this_machine_can_be_examined(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = examine(Path(os.devnull).parent)
     usable = {finding.topic for finding in findings if finding.level == "ok"}
     assert {"torch", "torchvision", "open_clip", "av", "faiss", "h5py", "cpu"} <= usable
+
+
+def test_it_says_what_holds_a_decoder_back() -> None:
+    def isolation(**facts: Any) -> Finding:
+        return next(f for f in _examine(isolation=facts) if f.topic == "decoder isolation")
+
+    assert isolation(fences=["Landlock 7", "seccomp"]) == Finding("decoder isolation", "Landlock 7, seccomp")
+    less = isolation(fences=["seccomp"])
+    assert (less.value, less.level) == ("seccomp, no Landlock", "note") and "Linux 5.13" in less.cure
+    assert isolation(fences=[]).value == "neither Landlock nor seccomp"
+    assert isolation(error="no answer").value == "neither Landlock nor seccomp (no answer)"

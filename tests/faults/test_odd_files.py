@@ -1,25 +1,31 @@
-"""Every odd or broken file has the outcome that the table asks for, and none opens what it was not told to."""
+"""Every odd or broken file of the collection has the outcome that its README asks for, frame by frame and in a run."""
 
 from __future__ import annotations
 
-import http.server
 import itertools
-import threading
-import time
-from collections.abc import Iterator
+import os
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 
-from pipeline.decode import DecodePool, VideoFailed
+from guards import Guard
+from pipeline.commands import Sources
+from pipeline.config import EmbedOptions
+from pipeline.decode import DecodePool, open_file
 from pipeline.decoding.container import Report
 from pipeline.decoding.decoder import sample_frames
 from pipeline.decoding.pixels import Resizer
 from pipeline.errors import VideoError
+from pipeline.inspect import failures_of
 from pipeline.sampling import Sampling
 from pipeline.types import DecodeLimits, FrameGeometry, UInt8
-from videos import encode_video, moving_picture, pixel_digest, video
+from small_runs import checked, embeddings_of, machine, run
+from stories import decode_all
+from videos import encode_video, pixel_digest, video
 
 ONCE_A_SECOND = Sampling("fps", 1.0)
 EVERY_FRAME = Sampling("fps", 1000.0)
@@ -54,7 +60,7 @@ OUTCOMES: dict[str, str | tuple[int, int, float, float]] = {
     "header_only_200B.mp4": "invalid",
     "hevc10_pq_tagged.mp4": (75, 3, 0.0, 2.96),
     "html_404.mp4": "invalid",
-    "image_sequence": "invalid",  # a folder: the catalog's business
+    "image_sequence": "not_a_file",  # a folder of pictures: searched, and no picture is a video
     "mkv_piped_no_duration.mkv": (150, 6, 0.0, 5.96),
     "mpeg4_bframes_nopts.avi": (100, 5, 0.04, 4.0),
     "negative_pts.mp4": (100, 4, 0.0, 3.96),
@@ -125,6 +131,21 @@ OUTCOMES: dict[str, str | tuple[int, int, float, float]] = {
     "zeroed_hole_mdat.mp4": (116, 6, 0.0, 5.96),  # two of 118 at the time of the one before
     "名前 with spaces & ünïcode 'quote'.mp4": (150, 6, 0.0, 5.96),
 }
+# What a run over the folder makes of a file, where that is not the above: the catalog had the first word.
+IN_A_RUN = {
+    "NO_EXTENSION": "duplicate",
+    "webm_named.mp4": "duplicate",  # of vp9.webm
+    "名前 with spaces & ünïcode 'quote'.mp4": "duplicate",
+    "zero_bytes.mp4": "empty",
+}
+NAMED_THEMSELVES = ("NO_EXTENSION", "audio_only.mp3", "cover_art.m4a", "cover_art.mp3", "single_still.png")
+# Why our frames are not as many as those that the README counts.
+OTHER_COUNTS = {
+    "real_mp4parse_no_timescale.mp4": "two frames at the time of the one before",
+    "real_torchcodec_nasa_multistream.mp4": "the larger of two default streams, not the first",
+    "two_video_streams_second_default.mkv": "the default stream, not the first",
+    "zeroed_hole_mdat.mp4": "two frames at the time of the one before",
+}
 NOTES = {
     "bitflips_mdat.mp4": "decoder errors",
     "real_decord_corrupted.mp4": "decoder errors",
@@ -148,23 +169,76 @@ def read(path: Path, sampling: Sampling, skip: bool = True) -> tuple[list[tuple[
     return [(seconds, pixel_digest(frame)) for seconds, frame in frames], report
 
 
-def refused(path: str, limits: DecodeLimits | None = None) -> str:
-    """The code that decoding `path` ends with."""
-    with pytest.raises(VideoError) as caught:
-        next(sample_frames(path, EVERY_FRAME, Report(), limits or DecodeLimits()))
-    assert "\n" not in caught.value.message
-    return caught.value.code
+def asked(odd: Path) -> dict[str, tuple[int, str]]:
+    """The README's table: name -> (frames that ffmpeg decodes, what a correct tool should do)."""
+    rows = [
+        [cell.strip() for cell in line.strip().strip("|").split("|")]
+        for line in (odd / "README.md").read_text("utf-8").splitlines()
+        if line.startswith("|") and not line.startswith("|--")
+    ]
+    columns = rows[0]
+    frames, wish = columns.index("frames (ffmpeg)"), len(columns) - 1
+    return {row[0].rstrip("/"): (int(row[frames]), row[wish]) for row in rows[1:]}
 
 
 def test_the_table_knows_every_file(odd: Path) -> None:
-    assert {path.name for path in odd.iterdir()} - {"README.md"} == set(OUTCOMES)
+    assert {path.name for path in odd.iterdir()} - {"README.md"} == set(OUTCOMES) == set(asked(odd))
 
 
 @pytest.mark.parametrize("name", OUTCOMES)
-def test_outcome(name: str, odd: Path) -> None:
+def test_the_outcome_is_what_the_readme_asks_for(name: str, odd: Path) -> None:
+    n_frames, wish = asked(odd)[name]
     outcome = OUTCOMES[name]
     if isinstance(outcome, str):
-        assert refused(str(odd / name)) == outcome
+        assert "skip" in wish, wish
+    else:
+        assert not wish.startswith("skip") or "or 1 frame" in wish, wish
+        assert (outcome[0] == n_frames) != (name in OTHER_COUNTS), OTHER_COUNTS.get(name, "another number of frames")
+
+
+@pytest.fixture(scope="module")
+def run_over_all(odd: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], dict[str, int]]:
+    """A run over the folder and the files that a folder's search passes by: the codes of what failed or was left out,
+    and the numbers of samples of what was indexed, by name."""
+    collection = tmp_path_factory.mktemp("run") / "c"
+    sources = Sources([str(odd), *(str(odd / name) for name in NAMED_THEMSELVES)])
+    run(collection, sources, machine=machine(workers=2), embed=EmbedOptions(sampling=ONCE_A_SECOND))
+    checked(collection)
+    outcomes = [row.outcome for row in failures_of(collection, skipped=True)]
+    assert all(outcome.message and "\n" not in outcome.message for outcome in outcomes)
+    return {Path(o.path).name: o.code for o in outcomes}, {
+        Path(path).name: embedding.n_frames for path, embedding in embeddings_of(collection).items()
+    }
+
+
+def test_a_run_over_the_folder_ends_every_file_as_the_table_says(
+    run_over_all: tuple[dict[str, str], dict[str, int]], odd: Path
+) -> None:
+    expected = {name: outcome for name, outcome in OUTCOMES.items() if isinstance(outcome, str)} | IN_A_RUN
+    del expected["image_sequence"]
+    if not (odd / "dangling_symlink.mp4").exists():  # a copy of the folder may hold the link as text
+        expected["dangling_symlink.mp4"] = "missing"
+    failed, indexed = run_over_all
+    assert failed == expected
+    samples = {name: outcome[1] for name, outcome in OUTCOMES.items() if isinstance(outcome, tuple)}
+    assert indexed == {name: n for name, n in samples.items() if name not in expected}
+
+
+MANY_PIXELS = "real_imageio_cockatoo_seek_artifacts.mp4"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name == MANY_PIXELS else ()) for name in OUTCOMES]
+)
+def test_every_frame_and_sample(name: str, odd: Path) -> None:
+    outcome = OUTCOMES[name]
+    if isinstance(outcome, str):
+        with pytest.raises(VideoError) as caught:
+            descriptor = open_file(video(odd / name))
+            with os.fdopen(descriptor, "rb"):
+                next(sample_frames(descriptor, EVERY_FRAME, Report(), DecodeLimits()))
+        assert caught.value.code == (outcome if (odd / name).exists() else "missing")
+        assert "\n" not in caught.value.message
         return
     every, _ = read(odd / name, EVERY_FRAME)
     times = [seconds for seconds, _ in every]
@@ -240,141 +314,80 @@ def test_of_several_streams_the_default_then_the_largest_is_taken(odd: Path) -> 
         assert (frame.width, frame.height) == size, name
 
 
-# ---- what a name or a file's content must not make the decoder open
+# ---- the same sorts of oddness, in files made here
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
-    """A server on this machine: (address, the paths that were asked for)."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_error(404)
-
-        do_HEAD = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            return
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
-        threading.Thread(target=listener.serve_forever, args=(0.02,), daemon=True).start()
-        yield f"http://127.0.0.1:{listener.server_address[1]}", asked
-        listener.shutdown()
-
-
-HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n{extra}#EXTINF:2.0,\n{target}\n#EXT-X-ENDLIST\n"
-MASTER = "#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=100000\n{target}\n"
-SDP = "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n"
-DASH = (
-    '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT2S">'
-    '<Period><AdaptationSet mimeType="video/mp4"><Representation id="1" bandwidth="1000" codecs="avc1.64000a">'
-    "<BaseURL>{target}</BaseURL></Representation></AdaptationSet></Period></MPD>"
-)
+def sound_only(path: Path) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        for part in (frame, None):
+            container.mux(stream.encode(part))
+    return path
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("name", ["list.m3u8", "list.mp4", "list.mkv", "list.ts"])
-@pytest.mark.parametrize("kind", ["local", "relative", "http", "key", "master", "master http", "concat", "sdp", "dash"])
-def test_a_file_that_names_other_media_is_refused(
-    kind: str, name: str, tmp_path: Path, server: tuple[str, list[str]]
-) -> None:
-    address, asked = server
-    other = encode_video(tmp_path / "other.ts", n_frames=10)
-    child = tmp_path / "child.m3u8"
-    child.write_text(HLS.format(extra="", target=other))
-    text = {
-        "local": HLS.format(extra="", target=other),
-        "relative": HLS.format(extra="", target="other.ts"),
-        "http": HLS.format(extra="", target=f"{address}/segment.ts"),
-        "key": HLS.format(extra=f'#EXT-X-KEY:METHOD=AES-128,URI="{address}/key"\n', target="other.ts"),
-        "master": MASTER.format(target="child.m3u8"),
-        "master http": MASTER.format(target=f"{address}/child.m3u8"),
-        "concat": "ffconcat version 1.0\nfile other.ts\n",
-        "sdp": SDP,
-        "dash": DASH.format(target=f"{address}/x.mp4"),
-    }[kind]
-    (tmp_path / name).write_text(text)
-    started = time.monotonic()
-    assert refused(str(tmp_path / name)) == "invalid"
-    assert time.monotonic() - started < 3
-    assert asked == []
+def test_odd_files_made_here_end_as_they_should(tmp_path: Path) -> None:
+    """What is no video says why; what is one gives every frame at its own time."""
+
+    def clip(name: str, suffix: str = "mp4", **arguments: Any) -> Path:
+        return encode_video(tmp_path / f"{name}.{suffix}", **{"n_frames": 10, **arguments})
+
+    whole = clip("whole", gop=5).read_bytes()
+    thousandths = Fraction(1, 1000)
+    paths = {
+        "whole": tmp_path / "whole.mp4",
+        "one frame": clip("one frame", n_frames=1),
+        "odd size": clip("odd size", "webm", codec="libvpx", size=(33, 17)),
+        "10 bit": clip("10 bit", pixel_format="yuv420p10le"),
+        "grey": clip("grey", "mkv", codec="ffv1", pixel_format="gray"),
+        "rotated": clip("rotated", rotation=90),
+        "hole": clip("hole", "mkv", pts=[0, 100, 5000, 5100], n_frames=4, time_base=thousandths),
+        "before zero": clip("before zero", pts=[i * 100 - 500 for i in range(10)], time_base=thousandths),
+        "raw": clip("raw", "h264"),
+        "sound": sound_only(tmp_path / "sound.mp4"),
+        "text": tmp_path / "text.mp4",
+        "no packet": tmp_path / "no packet.mp4",
+        "noise for pictures": tmp_path / "noise for pictures.mp4",
+    }
+    paths["text"].write_text("no video at all\n" * 9)
+    media = whole.index(b"mdat") + 4
+    index = whole.index(b"moov") - 4
+    paths["no packet"].write_bytes(whole[:media])
+    noise = np.random.default_rng(1).bytes(index - media)
+    paths["noise for pictures"].write_bytes(whole[:media] + noise + whole[index:])
+    with DecodePool(1, EVERY_FRAME, FrameGeometry(16, 16), DecodeLimits()) as pool:
+        stories = decode_all(pool, [video(path, name) for name, path in paths.items()])
+    tenths = [i / 30 for i in range(10)]
+    assert {name: story.seconds for name, story in stories.items() if story.decoded} == {
+        **dict.fromkeys(("whole", "odd size", "10 bit", "grey", "rotated"), pytest.approx(tenths, abs=0.002)),
+        "one frame": [0.0],
+        "hole": [0.0, 0.1, 5.0, 5.1],
+        "before zero": pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4], abs=0.001),  # an edit list hides the other five
+        "raw": pytest.approx([i / 25 for i in range(10)], abs=0.4),  # it says no rate
+    }
+    assert {name: story.failures for name, story in stories.items() if not story.decoded} == {
+        "sound": [("no_video", False)],
+        "text": [("invalid", False)],
+        "no packet": [("invalid", False)],
+        "noise for pictures": [("no_frames", False)],
+    }
 
 
-@pytest.mark.fault
-def test_a_name_is_a_file_and_nothing_else(
-    tmp_path: Path, server: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    address, asked = server
-    monkeypatch.chdir(tmp_path)
-    encode_video(tmp_path / "a.ts", n_frames=10)
-    encode_video(tmp_path / "001.png", [moving_picture(1, (32, 32))], codec="png", pixel_format="rgb24")
-    names = [
-        f"{address}/a.mp4",
-        "concat:a.ts|a.ts",
-        "file:a.ts",
-        "subfile,,start,0,end,100,,:a.ts",
-        "%03d.png",
-        "*.png",
-        "-",
-        "pipe:0",
-        "fd:",
-        "data:video/mp4;base64,AAAA",
-        "lavfi:testsrc",
-        "testsrc",
-        "/dev/video0",
-        "a\0b.ts",
-    ]
-    assert {name: refused(name) for name in names} == dict.fromkeys(names, "invalid")
-    assert asked == []
-
-
-@pytest.mark.parametrize("name", ["%03d.mp4", "-", "concat:a|b.mp4", "http:a.mp4", "file:x.mp4", "a\nb.mp4"])
-def test_a_file_with_such_a_name_is_decoded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode_video(tmp_path / "x.mp4", n_frames=10).rename(tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    assert len(read(Path(name), EVERY_FRAME)[0]) == 10
-
-
-# ---- bombs
-
-
-@pytest.mark.fault
-def test_a_picture_over_the_limit_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
-    """16000x16000 in a few kilobytes: a real picture whose header is made to say so."""
-    path = encode_video(tmp_path / "bomb.mkv", codec="ffv1", n_frames=1, size=(256, 256), pixel_format="bgr0")
-    data = path.read_bytes()
-    small, large = b"\xb0\x82\x01\x00\xba\x82\x01\x00", b"\xb0\x82\x3e\x80\xba\x82\x3e\x80"  # PixelWidth, PixelHeight
-    assert data.count(small) == 1
-    path.write_bytes(data.replace(small, large))
-    started = time.monotonic()
-    assert refused(str(path)) == "max_pixels"
-    assert time.monotonic() - started < 2
-
-
-@pytest.mark.fault
-@pytest.mark.parametrize("codec", ["libx264", "mjpeg", "libvpx"])
-def test_a_frame_larger_than_declared_is_refused_by_the_decoder(codec: str, tmp_path: Path) -> None:
-    """The container says 96x64; the pictures behind it are 640x480, over the limit."""
-    pixel_format = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-    path = encode_video(tmp_path / "liar.mkv", codec=codec, n_frames=3, size=(640, 480), pixel_format=pixel_format)
-    data = path.read_bytes()
-    large, small = b"\xb0\x82\x02\x80\xba\x82\x01\xe0", b"\xb0\x82\x00\x60\xba\x82\x00\x40"
-    assert data.count(large) == 1
-    path.write_bytes(data.replace(large, small))
-    assert read(path, EVERY_FRAME)[0]  # within the limit it decodes, whatever the header says
-    assert refused(str(path), DecodeLimits(max_pixels=320 * 240)) in ("max_pixels", "no_frames")
-
-
-@pytest.mark.fault
-def test_one_bad_video_leaves_its_neighbours_alone(tmp_path: Path) -> None:
-    good = video(encode_video(tmp_path / "good.mp4", n_frames=10))
-    (tmp_path / "empty.mp4").touch()
-    big = video(encode_video(tmp_path / "big.mp4", n_frames=2, size=(640, 480)))
-    limits = DecodeLimits(max_pixels=320 * 240)
-    with DecodePool(1, ONCE_A_SECOND, FrameGeometry(32, 32), limits) as pool:
-        events = list(pool.decode([video(tmp_path / "empty.mp4"), big, good], threading.Event()))
-    failed = {event.video.video_id: event.error.code for event in events if isinstance(event, VideoFailed)}
-    assert failed == {"empty": "invalid", "big": "max_pixels"}
-    assert sum(event.video == good for event in events) == 2  # its frame and its end
+GUARDS = [
+    Guard(
+        faults=(12,),
+        file="pipeline/decoding/decoder.py",
+        old="    if not emitted:\n",
+        new="    if False:\n",
+        test="test_odd_files_made_here_end_as_they_should",
+    ),
+    Guard(
+        faults=(12,),
+        file="pipeline/decoding/container.py",
+        old="    if not streams:\n        container.close()\n",
+        new="    if False:\n",
+        test="test_odd_files_made_here_end_as_they_should",
+    ),
+]
