@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.base import Encoder, EncoderSpec, VideoEncoder
+from models.base import Encoder, EncoderSpec, VideoEncoder, caution_about
 from models.fineco import CONFIG_NAME, KIND, WEIGHTS_NAME, FineCoHead, HeadConfig
 from models.videoclip import KIND as VIDEOCLIP_KIND
 from pipeline.errors import IntegrityError, UsageError
@@ -55,6 +55,10 @@ class FineCoEncoder:
     def encode_text(self, texts: Sequence[str]) -> Float32:
         """B texts -> (B, D) float32 unit rows. A text longer than the base's context is cut."""
         return _unit_rows(self._text(texts))
+
+    def caution(self, text: str) -> str:
+        """What the base says of how it reads a text."""
+        return caution_about(self.base, text)
 
     @torch.inference_mode()
     def score_pairs(self, texts: Sequence[str], clips: Sequence[Float32]) -> Float32:

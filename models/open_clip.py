@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from models.base import EncoderSpec
+from models.base import EncoderSpec, caution_of_length
 from models.open_clip_weights import Located, licence, one_line, quiet
 from pipeline.errors import FinecoError, IntegrityError
 from pipeline.types import Float32, FrameGeometry, UInt8, check_shape
@@ -78,6 +78,15 @@ class OpenClipEncoder:
                 tokens = self._tokenizer(list(texts[start : start + TEXTS_PER_BATCH])).to(self.device)
                 rows[start : start + len(tokens)] = _unit_rows(self._model.encode_text(tokens, normalize=False))
         return rows
+
+    def caution(self, text: str) -> str:
+        """That only the start of a text is read."""
+
+        def tokens(start: str) -> list[int]:
+            ids: list[int] = self._tokenizer([start])[0].tolist()
+            return ids
+
+        return caution_of_length(text, tokens)
 
 
 def load_open_clip(located: Located, device: str, precision: str) -> OpenClipEncoder:

@@ -151,6 +151,15 @@ class BuiltinEncoder:
         """B texts -> (B, 128) float32 unit rows. Words it does not know count as one unknown word."""
         return _unit(self._model.text(tokenize(texts, self._vocabulary).to(self.device)))
 
+    def caution(self, text: str) -> str:
+        """That it knows no word of a text, or reads only its start."""
+        words = _WORD.findall(text.lower())
+        if not any(word in self._vocabulary for word in words):
+            return "the built-in encoder knows none of its words, so its answers mean nothing"
+        if len(words) > CONTEXT_LENGTH:
+            return f"only its first {CONTEXT_LENGTH} of {len(words)} words are read"
+        return ""
+
 
 def _unit(features: Tensor) -> Float32:
     rows: Float32 = F.normalize(features.float(), dim=-1).cpu().numpy()
