@@ -19,6 +19,7 @@ from torch import Tensor
 from models.base import Encoder, EncoderSpec, VideoEncoder, caution_about
 from models.fineco import CONFIG_NAME, KIND, WEIGHTS_NAME, FineCoHead, HeadConfig
 from models.videoclip import KIND as VIDEOCLIP_KIND
+from models.weights import check_finite
 from pipeline.errors import IntegrityError, UsageError
 from pipeline.types import Float32, UInt8, check_shape
 
@@ -129,7 +130,9 @@ def load_fineco(folder: Path, base: Encoder) -> VideoEncoder:
     try:
         config = HeadConfig(**content["head"])
         head = FineCoHead(config).eval()
-        head.load_state_dict(load_file(path), strict=True)
+        state = load_file(path)
+        check_finite(state)
+        head.load_state_dict(state, strict=True)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise IntegrityError(
@@ -156,11 +159,11 @@ def _spec(folder: Path, head: FineCoHead, base: EncoderSpec, weights: Path) -> E
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
+    if not path.is_file():  # a pipe in its place would be waited for
+        raise UsageError(f"{folder} has no {CONFIG_NAME}", "'fineco train' makes such a folder.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{folder} has no {CONFIG_NAME}", "'fineco train' makes such a folder.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} cannot be read: {error}", "Train again, or restore it from a backup.") from error
     kind = content.get("kind") if isinstance(content, dict) else None
     if kind == VIDEOCLIP_KIND:

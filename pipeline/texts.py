@@ -149,9 +149,15 @@ def clean_text(text: str) -> str:
         raise ValueError(f"text of {size} bytes, at most {MAX_TEXT_BYTES} are read")
     if text.isascii():
         return text
+    _check_marks(text)
+    text = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
+    _check_marks(text)  # where composing made the row longer, to clean it again would refuse it
+    return text
+
+
+def _check_marks(text: str) -> None:
     if _MARKS.search(bytes(map(unicodedata.combining, text))):
         raise ValueError(f"text with more than {MAX_MARKS} combining marks in a row")
-    return unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
 
 
 def texts_from_json(value: object, keys: Collection[str] = JSON_KEYS) -> tuple[list[TimedText], list[str]]:
