@@ -173,13 +173,14 @@ def _locate_folder(folder: Path) -> Located:
     except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{config_file} cannot be read: {one_line(error)}") from error
     model = config.get("model_cfg") if isinstance(config, dict) else None
-    if not (isinstance(model, dict) and {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys()):
+    if not (
+        isinstance(model, dict)
+        and "embed_dim" in model
+        and all(isinstance(model.get(part), dict) for part in ("vision_cfg", "text_cfg"))
+    ):
         raise IntegrityError(f"{config_file}: no 'model_cfg' with embed_dim, vision_cfg and text_cfg")
-    vision = model["vision_cfg"]
-    if ":" in str(vision.get("timm_model_name") if isinstance(vision, dict) else vision):
-        raise IntegrityError(
-            f"{config_file}: its vision tower is at an address, and a folder is read without a network"
-        )
+    if ":" in str(model["vision_cfg"].get("timm_model_name")):
+        raise IntegrityError(f"{config_file}: its vision tower is at an address; a folder is read without a network")
     _check_transformers(name, model)
     folder = folder.resolve()  # the name is stored with a collection and must work from any folder
     return Located(
