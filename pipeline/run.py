@@ -327,6 +327,10 @@ def run_videos(
 def _failed(shard: _Shard, event: VideoFailed, progress: Progress) -> None:
     if event.will_retry:
         progress.note(f"will try again alone: {event.video.path}: {event.error.message}")
+    elif event.error.stage == "decode" and not check_unchanged(event.video):
+        # no fault of what was found there, and it may come back: to be tried again without being asked
+        error = VideoError(CHANGED, "the file changed or went away while it was read; run again")
+        shard.fail(replace(event, error=error))
     else:
         shard.fail(event)
 
