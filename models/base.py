@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol, runtime_checkable
 
 from pipeline.types import Float32, FrameGeometry, UInt8
 
 PREPROCESSING_VERSION = 1  # raise it when the same pixels would give other vectors
+
+_WORD = re.compile(r"\w")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,15 @@ class Encoder(Protocol):
 
 
 @runtime_checkable
+class TextReader(Protocol):
+    """An encoder that can say how it reads a text."""
+
+    def caution(self, text: str) -> str:
+        """What a reader of the answers should know, e.g. that only a part of the text is read; else ""."""
+        ...
+
+
+@runtime_checkable
 class VideoEncoder(Encoder, Protocol):
     """An encoder whose vectors depend on the whole video: another encoder's rows go through a video transformer.
 
@@ -94,3 +106,25 @@ class VideoEncoder(Encoder, Protocol):
         The similarity of text and video that the model was trained with, on its own scale.
         """
         ...
+
+
+def caution_about(encoder: Encoder, text: str) -> str:
+    """What `encoder` says of how it reads a text; "" where there is nothing to say, or it cannot tell."""
+    return encoder.caution(text) if isinstance(encoder, TextReader) else ""
+
+
+def caution_of_length(text: str, tokens: Callable[[str], Sequence[int]]) -> str:
+    """That only the start of a text is read, where the tokens that the encoder takes are those of a part of it."""
+    whole = tokens(text)
+    if not text or tokens(text[:-1]) != whole:
+        return ""
+    read, end = 0, len(text)  # a start of `end` characters has all the tokens, one of `read` has not
+    while end - read > 1:
+        middle = (read + end) // 2
+        if tokens(text[:middle]) == whole:
+            end = middle
+        else:
+            read = middle
+    if not _WORD.search(text, end):
+        return ""
+    return f"only its first {end} of {len(text)} characters are read"

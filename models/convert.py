@@ -186,7 +186,9 @@ def _dict(*args: object) -> dict[object, object]:
 
 def _reason(error: Exception) -> str:
     # torch's reason stands between an advice to unpickle after all, which is not ours, and a link
-    text = str(error).rpartition("WeightsUnpickler error:")[2]
+    _, found, text = str(error).rpartition("WeightsUnpickler error:")
+    if not found and "weights_only" in text:
+        return one_line(error)
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 

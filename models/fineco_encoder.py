@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.base import Encoder, EncoderSpec, VideoEncoder
+from models.base import Encoder, EncoderSpec, VideoEncoder, caution_about
 from models.fineco import CONFIG_NAME, KIND, WEIGHTS_NAME, FineCoHead, HeadConfig
 from models.videoclip import KIND as VIDEOCLIP_KIND
+from models.weights import check_finite
 from pipeline.errors import IntegrityError, UsageError
 from pipeline.types import Float32, UInt8, check_shape
 
@@ -55,6 +56,10 @@ class FineCoEncoder:
     def encode_text(self, texts: Sequence[str]) -> Float32:
         """B texts -> (B, D) float32 unit rows. A text longer than the base's context is cut."""
         return _unit_rows(self._text(texts))
+
+    def caution(self, text: str) -> str:
+        """What the base says of how it reads a text."""
+        return caution_about(self.base, text)
 
     @torch.inference_mode()
     def score_pairs(self, texts: Sequence[str], clips: Sequence[Float32]) -> Float32:
@@ -125,7 +130,9 @@ def load_fineco(folder: Path, base: Encoder) -> VideoEncoder:
     try:
         config = HeadConfig(**content["head"])
         head = FineCoHead(config).eval()
-        head.load_state_dict(load_file(path), strict=True)
+        state = load_file(path)
+        check_finite(state)
+        head.load_state_dict(state, strict=True)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise IntegrityError(
@@ -152,11 +159,11 @@ def _spec(folder: Path, head: FineCoHead, base: EncoderSpec, weights: Path) -> E
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
+    if not path.is_file():  # a pipe in its place would be waited for
+        raise UsageError(f"{folder} has no {CONFIG_NAME}", "'fineco train' makes such a folder.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{folder} has no {CONFIG_NAME}", "'fineco train' makes such a folder.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} cannot be read: {error}", "Train again, or restore it from a backup.") from error
     kind = content.get("kind") if isinstance(content, dict) else None
     if kind == VIDEOCLIP_KIND:

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from models.base import EncoderSpec
+from models.base import EncoderSpec, caution_of_length
 from models.open_clip_weights import Located, licence, one_line, quiet
+from models.weights import check_finite
 from pipeline.errors import FinecoError, IntegrityError
 from pipeline.types import Float32, FrameGeometry, UInt8, check_shape
 
 _RESIZE_MODES = ("shortest", "squash", "longest")
+MAX_IMAGE_SIDE = 4096  # a configuration that claims more must not decide how much memory is taken
 TEXTS_PER_BATCH = 256  # bounds the memory of a call with all the captions of a collection
 
 
@@ -79,6 +81,15 @@ class OpenClipEncoder:
                 rows[start : start + len(tokens)] = _unit_rows(self._model.encode_text(tokens, normalize=False))
         return rows
 
+    def caution(self, text: str) -> str:
+        """That only the start of a text is read."""
+
+        def tokens(start: str) -> list[int]:
+            ids: list[int] = self._tokenizer([start])[0].tolist()
+            return ids
+
+        return caution_of_length(text, tokens)
+
 
 def load_open_clip(located: Located, device: str, precision: str) -> OpenClipEncoder:
     """Builds the model and loads its weights, as tensors only (safetensors, or `weights_only`).
@@ -96,7 +107,12 @@ def load_open_clip(located: Located, device: str, precision: str) -> OpenClipEnc
     with ThreadPoolExecutor(1) as pool, quiet():
         digest = pool.submit(_sha256, located.weights)
         model, tokenizer = _build(located)
-        spec = _spec(located, model, tokenizer, digest.result())
+        try:
+            spec = _spec(located, model, tokenizer, digest.result())
+        except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
+            raise IntegrityError(
+                f"{located.name}: its settings make no sense: {one_line(error)}", "Get its files again."
+            ) from error
     try:
         return OpenClipEncoder(spec, model, tokenizer, device, precision)
     except torch.OutOfMemoryError as error:
@@ -107,6 +123,8 @@ def frame_geometry(preprocess: Mapping[str, Any]) -> FrameGeometry:
     """open_clip's preprocessing settings (`get_model_preprocess_cfg`) as the frames' geometry."""
     size = preprocess["size"]
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
+    if not (0 < height <= MAX_IMAGE_SIDE and 0 < width <= MAX_IMAGE_SIDE):
+        raise ValueError(f"images of {width}x{height} pixels; at most {MAX_IMAGE_SIDE} on a side are taken")
     resize = preprocess.get("resize_mode") or "shortest"
     if resize not in _RESIZE_MODES:
         raise IntegrityError(f"unknown resize_mode {resize!r} in the model's preprocessing", f"Known: {_RESIZE_MODES}.")
@@ -161,6 +179,7 @@ def _build(located: Located) -> tuple[Any, Any]:
         raise FinecoError(f"{located.name} cannot be built: {one_line(error)}") from error
     try:
         open_clip.load_checkpoint(model, str(located.weights), strict=True, weights_only=True)
+        check_finite(model.state_dict())
     except Exception as error:  # safetensors, pickle and torch each have their own
         raise IntegrityError(
             f"{located.weights} cannot be loaded as the weights of {located.name}: {one_line(error)}",

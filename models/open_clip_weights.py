@@ -154,7 +154,9 @@ def quiet() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error that says anything, or its type."""
+    """The first line of an error that says anything, or its type; none of the libraries' advice to unpickle."""
+    if "weights_only" in str(error) or "allow_pickle" in str(error):
+        return "it is not made of plain tensors and values; nothing of it was run"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
 
@@ -164,15 +166,21 @@ def _locate_folder(folder: Path) -> Located:
     if not folder.is_dir():
         raise UsageError(f"{name}: no such folder", f"Give the folder that holds {CONFIG_NAME} and the weights.")
     config_file = folder / CONFIG_NAME
+    if not config_file.is_file():  # a pipe in its place would be waited for
+        raise UsageError(f"{name}: it holds no {CONFIG_NAME}", "Copy that file from the model's hub page.")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"{name}: it holds no {CONFIG_NAME}", "Copy that file from the model's hub page.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{config_file} cannot be read: {one_line(error)}") from error
     model = config.get("model_cfg") if isinstance(config, dict) else None
-    if not (isinstance(model, dict) and {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys()):
+    if not (
+        isinstance(model, dict)
+        and "embed_dim" in model
+        and all(isinstance(model.get(part), dict) for part in ("vision_cfg", "text_cfg"))
+    ):
         raise IntegrityError(f"{config_file}: no 'model_cfg' with embed_dim, vision_cfg and text_cfg")
+    if ":" in str(model["vision_cfg"].get("timm_model_name")):
+        raise IntegrityError(f"{config_file}: its vision tower is at an address; a folder is read without a network")
     _check_transformers(name, model)
     folder = folder.resolve()  # the name is stored with a collection and must work from any folder
     return Located(
@@ -185,7 +193,7 @@ def _folder_weights(name: str, folder: Path) -> Path:
         if (folder / weights_name).is_file():
             return folder / weights_name
     for pattern in ("*.safetensors", "*.bin"):
-        files = sorted(folder.glob(pattern))
+        files = sorted(file for file in folder.glob(pattern) if file.is_file())
         if len(files) == 1:
             return files[0]
         if files:

@@ -55,6 +55,10 @@ class Dictionary:
             ids[row, : len(known)] = torch.tensor(known, dtype=torch.long)
         return ids
 
+    def count(self, text: str) -> int:
+        """How many words of a text are known."""
+        return sum(word in self._ids for word in _WORD.findall(text.lower()))
+
 
 class S3DOutput(NamedTuple):
     """`video_embedding` (B, 512): after the last layer. `mixed_5c` (B, 1024): the mean before it."""

@@ -86,6 +86,13 @@ class S3DEncoder:
             rows[start : start + len(ids)] = _unit_rows(self._model.text_embedding(ids))
         return rows
 
+    def caution(self, text: str) -> str:
+        """That the dictionary knows no word of a text, or that only its start is read."""
+        n_known = self._dictionary.count(text)
+        if not n_known:
+            return "S3D's dictionary knows none of its words, so its answers mean nothing"
+        return f"only the first {MAX_WORDS} of its {n_known} known words are read" if n_known > MAX_WORDS else ""
+
 
 def load_s3d(folder: Path, device: str, precision: str) -> S3DEncoder:
     """Loads a folder that `models.s3d_weights.convert_s3d` wrote.

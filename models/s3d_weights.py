@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,8 @@ def read_s3d(folder: Path) -> StoredS3D:
     if config.get("kind") != "s3d":
         raise IntegrityError(f"{folder} holds a model of kind {config.get('kind')!r}, expected 's3d'", _AGAIN)
     try:
+        if not all((folder / name).is_file() for name in (WEIGHTS, WORDS)):
+            raise ValueError(f"it holds no {WEIGHTS} or no {WORDS}")
         sha256 = _sha256(folder)
         if sha256 != config.get("sha256"):
             raise IntegrityError(f"{folder}: {WEIGHTS} and {WORDS} are not those that were converted", _AGAIN)
@@ -147,10 +150,10 @@ def _strict_state(given: Mapping[str, Any], model: S3D, path: Path) -> dict[str,
 
 def _read_dictionary(path: Path) -> list[str]:
     try:
-        words = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        words = np.load(path, mmap_mode="r", allow_pickle=False)  # the file's own size bounds what its header claims
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         hint = ""
-        if "Object arrays" in str(error):
+        if "Python objects" in str(error):
             hint = (
                 "It holds Python objects, and loading those may run code. If you trust it: python -c "
                 f"\"import numpy as n; n.save('words.npy', n.load('{path.name}', allow_pickle=True).astype(str))\""
@@ -171,8 +174,10 @@ def _check_table(words: Any, table: Tensor, path: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a regular file")  # a pipe would be waited for
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} cannot be read: {one_line(error)}", _AGAIN) from error
     return content if isinstance(content, dict) else {}
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.scorer_file import ScorerFacts, read_facts
+from models.weights import check_finite
 from pipeline.errors import UsageError
 from pipeline.types import Float32, check_shape
 
@@ -159,8 +160,10 @@ def load_scorer(path: Path) -> FrameScorer:
     facts = read_facts(path)
     scorer = FrameScorer(facts.dim, facts.hidden)
     try:
-        scorer.load_state_dict(load_file(path), strict=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        state = load_file(path)
+        check_finite(state)
+        scorer.load_state_dict(state, strict=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"scorer: {path}: {reason}", "Give a file that 'fineco train-scorer' made.") from error
     return scorer.eval()

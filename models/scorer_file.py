@@ -66,6 +66,8 @@ def read_facts(path: Path) -> ScorerFacts:
         UsageError: There is no file, or it is not a scorer that this version reads.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a regular file")  # to open a pipe would wait for its writer
         with safe_open(path, framework="numpy") as file:
             content = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
         if not isinstance(content, dict) or content.pop("kind", None) != KIND:

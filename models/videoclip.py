@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from models.bert import Bert, TowerConfig, initialise
 from models.bert_pretrained import read_bert
+from models.weights import check_finite
 from pipeline.errors import IntegrityError, UsageError
 
 KIND = "videoclip"
@@ -80,13 +81,13 @@ class VideoCLIPConfig:
             IntegrityError: It is not a VideoCLIP's, or holds what it should not.
         """
         file = folder / CONFIG_NAME
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+        if not file.is_file():  # a pipe in its place would be waited for
             raise UsageError(
                 f"{folder} holds no {CONFIG_NAME}", "'fineco convert OUT --videoclip checkpoint_best.pt' makes one."
-            ) from error
-        except (OSError, ValueError) as error:
+            )
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise IntegrityError(f"{file} cannot be read: {error}") from error
         if not isinstance(content, dict) or content.pop("kind", None) != KIND:
             raise IntegrityError(f"{file} is not a VideoCLIP's: its kind is not {KIND!r}")
@@ -298,7 +299,9 @@ class VideoCLIP(nn.Module):
             raise UsageError(f"{folder} holds no {WEIGHTS_NAME}", "Convert the checkpoint again: fineco convert.")
         try:
             model = cls(config)
-            model.load_state_dict(load_file(file), strict=True)
+            state = load_file(file)
+            check_finite(state)
+            model.load_state_dict(state, strict=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise IntegrityError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from models.base import Encoder
+from models.base import Encoder, caution_of_length
 from models.bert import Bert
 from models.bert_pretrained import Tokenizer, load_tokenizer
 from models.videoclip import WEIGHTS_NAME, VideoCLIP, VideoStates, text_batch
@@ -75,6 +75,10 @@ class VideoCLIPEncoder:
     def encode_text(self, texts: Sequence[str]) -> Float32:
         """B texts -> (B, D) float32 unit rows. A text is cut after 61 word pieces."""
         return _unit_rows(self._pooled_text(texts))
+
+    def caution(self, text: str) -> str:
+        """That only the start of a text is read."""
+        return caution_of_length(text, lambda start: self._tokenizer([start])[0][: self._config.max_text_tokens])
 
     def score_pairs(self, texts: Sequence[str], clips: Sequence[Float32]) -> Float32:
         """VideoCLIP's own pair score: the raw dot product of pooled text and pooled video.

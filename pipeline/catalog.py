@@ -170,8 +170,8 @@ def _examined(
             yield no_video(path, error.code, error.message, video_id)
             continue
         folder, name = os.path.split(path)
-        beside = names_beside(os.path.splitext(name)[0], sidecars(folder))
-        if beside:
+        notes: tuple[str, ...] = ()
+        if beside := names_beside(os.path.splitext(name)[0], sidecars(folder)):
             more, notes = read_texts(Path(path), beside)
             texts = tuple(dict.fromkeys(texts + more))
             for note in notes:
@@ -184,6 +184,7 @@ def _examined(
             mtime_ns=status.st_mtime_ns,
             ctime_ns=status.st_ctime_ns,
             texts=texts,
+            text_notes=notes,
         )
 
 

@@ -271,7 +271,8 @@ class Snapshot:
                 if place is None or place.commit != commit.number or row.outcome.status != "ok":
                     continue
                 path = self.state.paths.get(video.video_id, video.path)
-                video = replace(video, path=path, texts=texts.get(video.video_id, video.texts))
+                notes = self.state.text_notes.get(path, ())
+                video = replace(video, path=path, texts=texts.get(video.video_id, video.texts), text_notes=notes)
                 if seen := self.state.known.get(path):
                     video = replace(video, size_bytes=seen.size_bytes, mtime_ns=seen.mtime_ns, ctime_ns=seen.ctime_ns)
                 yield video

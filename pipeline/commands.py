@@ -27,6 +27,7 @@ from pipeline.config import (
     set_sampling,
     share_sampling,
 )
+from pipeline.embed import text_cautions
 from pipeline.errors import UsageError
 from pipeline.output import number_of
 from pipeline.progress import Progress
@@ -331,6 +332,8 @@ def search(
         from models.registry import load_encoder
 
         encoder = load_encoder(collection.config["model"], machine.device, collection.encoder["precision"])
+    for line in text_cautions(encoder, queries):
+        machine.say(line)
 
     def answers(encoder: Encoder = encoder) -> list[list[Hit]]:
         with Searcher(collection, encoder) as searcher:

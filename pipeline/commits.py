@@ -35,12 +35,20 @@ class Row:
     ctime_ns: int = -1
     duration_seconds: float | None = None
     texts: tuple[TimedText, ...] = ()
+    text_notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, video: Video, outcome: Outcome, duration_seconds: float | None = None) -> Row:
         """The row of a video that the catalog found."""
         return cls(
-            outcome, video.content, video.size_bytes, video.mtime_ns, video.ctime_ns, duration_seconds, video.texts
+            outcome,
+            video.content,
+            video.size_bytes,
+            video.mtime_ns,
+            video.ctime_ns,
+            duration_seconds,
+            video.texts,
+            video.text_notes,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -55,6 +63,7 @@ class Row:
         outcome = {name: row.pop(name) for name in Outcome.__slots__}
         outcome["notes"] = tuple(outcome["notes"])
         row["texts"] = tuple(TimedText(*text) for text in row["texts"])
+        row["text_notes"] = tuple(row.get("text_notes", ()))  # collections made before there were any have none
         return cls(Outcome(**outcome), **row)
 
     def video(self) -> Video:
@@ -68,6 +77,7 @@ class Row:
             self.ctime_ns,
             self.duration_seconds,
             self.texts,
+            self.text_notes,
         )
 
 
@@ -170,6 +180,7 @@ class State:
         places: kind of data (`frames`, `features`, `embeddings/NAME`) -> video id -> where it is.
         paths: video id -> where it was last found; not of a video that is gone or has another in its place.
         texts: video id -> hash of its texts, to see when a sidecar changes.
+        text_notes: path -> what of the text beside it could not be used, where there is any such note.
         last_number: Of the last commit.
     """
 
@@ -178,6 +189,7 @@ class State:
     places: dict[str, dict[str, Place]] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
     texts: dict[str, int] = field(default_factory=dict)
+    text_notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     last_number: int = 0
 
     def merge(self, commit: Commit) -> None:
@@ -208,12 +220,16 @@ class State:
         if before and (other or broken) and self.paths.get(before[1]) == outcome.path:
             del self.paths[before[1]]  # another video lies where that one was, or what is none
         self.latest[outcome.path] = (number, outcome.video_id, outcome.status, outcome.code)
+        self.text_notes.pop(outcome.path, None)
+        if row.text_notes:
+            self.text_notes[outcome.path] = row.text_notes
         if row.content:
             self.known[outcome.path] = Known(row.size_bytes, row.mtime_ns, row.ctime_ns, row.content)
         if outcome.status == "ok":
             earlier = self.paths.get(outcome.video_id, outcome.path)
             if earlier != outcome.path and self.latest.get(earlier, (0, ""))[1] == outcome.video_id:
                 del self.latest[earlier]  # it was moved from there
+                self.text_notes.pop(earlier, None)
             self.paths[outcome.video_id] = outcome.path
         elif outcome.status == "removed" and self.paths.get(outcome.video_id) == outcome.path:
             del self.paths[outcome.video_id]
@@ -230,8 +246,9 @@ class State:
                 places.pop(video_id, None)
 
     def texts_changed(self, video: Video) -> bool:
-        """Whether a finished video has other texts now than when it was last written down."""
-        return self.texts.get(video.video_id) != _texts_hash(video.texts)
+        """Whether a finished video has other texts, or other notes on them, than when it was last written down."""
+        same_notes = self.text_notes.get(video.path, ()) == video.text_notes
+        return not same_notes or self.texts.get(video.video_id) != _texts_hash(video.texts)
 
     def indexable(self, selection: str) -> dict[str, int]:
         """Videos of a selection whose file was there when last looked for -> the commit that has their embedding."""

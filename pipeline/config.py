@@ -19,6 +19,7 @@ from pipeline.errors import UsageError
 from pipeline.files import sha256_of
 from pipeline.sampling import Sampling
 from pipeline.select import SELECTORS, Keep, parse_keep
+from pipeline.texts import MAX_FILE_BYTES, MAX_TEXTS, clean_text, read_file
 
 DEFAULT_SAMPLING = Sampling("fps", 1.0)
 DEFAULT_SELECTOR = "caption"
@@ -241,18 +242,42 @@ def check_scorer(plan: SelectionPlan, name: str, fingerprint: str) -> None:
 
 
 def read_lines(path: Path, what: str) -> tuple[str, ...]:
-    """The non-empty lines of a text file.
+    """The non-empty lines of a text file, clean (`clean_line`).
 
     Raises:
-        UsageError: It cannot be read, is not text, or has none.
+        UsageError: It cannot be read, is not a regular file, too large, not UTF-8 text, or has none; or a line of it
+            cannot be used.
+    """
+    hint = f"Give a text file with one {what} a line."
+    try:
+        text = read_file(path, MAX_FILE_BYTES).decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}", hint) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text", hint) from error
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}", hint) from error
+    numbered = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.replace("\0", "").strip()]
+    if not numbered:
+        raise UsageError(f"{path}: no {what} in it", hint)
+    if len(numbered) > MAX_TEXTS:
+        raise UsageError(f"{path}: {len(numbered)} lines, at most {MAX_TEXTS} are read", hint)
+    return tuple(clean_line(line, f"{path}:{n}") for n, line in numbered)
+
+
+def clean_line(text: str, place: str) -> str:
+    """A query, a topic or a name as it is used: NFC, single spaces, no NUL.
+
+    Args:
+        place: Where it stands, for the message.
+
+    Raises:
+        UsageError: It is empty, longer than `texts.MAX_TEXT_BYTES`, or not text.
     """
     try:
-        text = path.read_text("utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}", f"Give a text file with one {what} a line.") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text", f"Give a text file with one {what} a line.") from error
-    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not lines:
-        raise UsageError(f"{path}: no {what} in it", f"Give a text file with one {what} a line.")
-    return lines
+        cleaned = clean_text(text)
+    except ValueError as error:
+        raise UsageError(f"{place}: {error}") from error
+    if not cleaned:
+        raise UsageError(f"{place} is empty", "Say in words what to look for.")
+    return cleaned

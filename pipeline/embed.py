@@ -14,23 +14,25 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.base import Encoder, VideoEncoder
+from models.base import Encoder, VideoEncoder, caution_about
 from pipeline.decode import DecodedFrame, DecodeEvent, VideoDecoded, VideoFailed
-from pipeline.errors import VideoError
+from pipeline.errors import FinecoError, VideoError
 from pipeline.store import round_features
 from pipeline.types import UNIT_TOLERANCE, Float32, FrameFeatures, UInt8, Video
 from pipeline.windows import WindowFiller
 
 QUEUED_BATCHES = 4
 TEXTS_PER_BATCH = 64
+CAUTIONS_SHOWN = 10
 POLL_SECONDS = 0.2
+NO_VECTOR = "The weights may be damaged, or too much for this device: try --device cpu, or another model."
 NOT_FINITE = VideoError("non_finite", "the encoder gave vectors that are not finite", "embed")
 
 
@@ -293,9 +295,43 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def text_cautions(encoder: Encoder, queries: Sequence[str]) -> list[str]:
+    """Lines about queries that the encoder reads only a part of, or knows no word of; the first ones, and a count."""
+    found = [(n, caution) for n, query in enumerate(queries, 1) if (caution := caution_about(encoder, query))]
+    lines = [f"query {n}: {caution}" for n, caution in found[:CAUTIONS_SHOWN]]
+    return [*lines, *([f"(and {len(found) - len(lines)} more such queries)"] if len(found) > len(lines) else [])]
+
+
+def encode_captions(encoder: Encoder, texts: list[str]) -> Float32:
+    """(M, D) unit rows of any number of texts, in order; in smaller batches where the device's memory is full.
+
+    Raises:
+        VideoError: `memory`, if a single text does not fit; `non_finite`, if a text's vector is not a unit vector.
+    """
+    rows = np.zeros((len(texts), encoder.spec.dim), np.float32)
+    at_once, start = TEXTS_PER_BATCH, 0
+    while start < len(texts):
+        some = texts[start : start + at_once]
+        try:
+            rows[start : start + len(some)] = encoder.encode_text(some)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            start += len(some)
+            continue
+        if at_once == 1:  # outside the except block, as in FrameEmbedder
+            raise VideoError("memory", "one text does not fit the device's memory", "select")
+        at_once //= 2
+        release_memory()
+    if not are_unit(rows):
+        raise VideoError("non_finite", "the encoder gave a text a vector that is not finite", "select")
+    return rows
+
+
 def encode_texts(encoder: Encoder, texts: list[str]) -> Float32:
-    """(M, D) unit rows of any number of texts, in order."""
-    if not texts:
-        return np.zeros((0, encoder.spec.dim), np.float32)
-    parts = [encoder.encode_text(texts[i : i + TEXTS_PER_BATCH]) for i in range(0, len(texts), TEXTS_PER_BATCH)]
-    return np.concatenate(parts)
+    """As `encode_captions`, for texts that are no single video's. Raises FinecoError where that raises VideoError."""
+    try:
+        return encode_captions(encoder, texts)
+    except VideoError as error:
+        raise FinecoError(f"{encoder.spec.name}: {error.message}", NO_VECTOR) from error

@@ -15,6 +15,7 @@ from pipeline.config import sampling_of
 from pipeline.doctor import examine, problems
 from pipeline.errors import FinecoError, UsageError
 from pipeline.output import format_table, number_of, to_csv, to_json, visible
+from pipeline.types import Outcome
 
 
 def status_of(folder: Path) -> dict[str, Any]:
@@ -43,6 +44,7 @@ def status_of(folder: Path) -> dict[str, Any]:
         "sampling": sampling_of(collection.config).describe(),
         "videos": {"ok": len(state.paths), **{s: n for s, n in sorted(statuses.items()) if s != "ok"}},
         "failure_codes": dict(codes.most_common()),
+        "text_problems": len(state.text_notes),
         "with_frames": len(state.places.get(FRAMES, {})),
         "with_features": len(state.places.get(FEATURES, {})),
         "selection": selection and {"name": selection, **collection.selection(selection), "videos": len(selected)},
@@ -76,6 +78,9 @@ def status_text(content: dict[str, Any]) -> str:
     if content["failure_codes"]:
         codes = ", ".join(f"{n} {code}" for code, n in content["failure_codes"].items())
         lines.append(("failures", f"{codes}: see 'fineco failures'"))
+    if content["text_problems"]:
+        n_videos = number_of(content["text_problems"], "video")
+        lines.append(("texts", f"not all text beside {n_videos} could be used: see 'fineco failures --texts'"))
     width = max(len(name) for name, _ in lines)
     return "".join(f"{name:<{width}}  {visible(value)}\n" for name, value in lines)
 
@@ -103,6 +108,16 @@ def failures_of(folder: Path, skipped: bool) -> list[Row]:
 
     latest = collection.stable(read)
     return [latest[path] for path in sorted(latest)]
+
+
+def text_problems_of(folder: Path) -> list[Row]:
+    """What of the text beside the videos could not be used: a row of code `text` for each note, sorted by path."""
+    state = Collection(folder).state()
+    return [
+        Row(Outcome(state.latest[path][1], path, "ok", "catalog", "text", note))
+        for path in sorted(state.text_notes)
+        for note in state.text_notes[path]
+    ]
 
 
 def failures_text(rows: list[Row], form: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from pipeline import store
 from pipeline.collection import Writer
 from pipeline.commits import EMBEDDINGS, FEATURES, Commit, Row
+from pipeline.errors import VideoError
 from pipeline.progress import Progress
 from pipeline.run import Interrupts, Selecting
 from pipeline.types import Outcome, TimedText, VideoEmbedding
@@ -91,8 +93,19 @@ def _select_shard(writer: Writer, number: int, rows: dict[str, Row], selecting: 
     with store.FeaturesShard(path) as shard:
         for at, video_id in enumerate(shard.video_ids):
             if video_id in rows:
-                embedding = selecting.select(shard.features(at), rows[video_id].texts)
+                try:
+                    embedding = selecting.select(shard.features(at), rows[video_id].texts)
+                except VideoError as error:  # it stays without this selection, and the next command tries it again
+                    rows[video_id] = _failed(rows[video_id], error)
+                    progress.note(f"failed: {rows[video_id].outcome.path}: {error.message} [{error.code}]")
+                    continue
                 embeddings.append((shard.video(at), embedding))
                 progress.update(videos_done=1, video_seconds=float(shard.durations[at]))
     kind = f"{EMBEDDINGS}/{selecting.plan.name}"
-    writer.commit("select", list(rows.values()), [(kind, lambda target: store.write_embeddings(target, embeddings))])
+    files = [(kind, lambda target: store.write_embeddings(target, embeddings))] if embeddings else []
+    writer.commit("select", list(rows.values()), files)
+
+
+def _failed(row: Row, error: VideoError) -> Row:
+    outcome = replace(row.outcome, status="failed", code=error.code, message=error.message)
+    return replace(row, outcome=outcome)

@@ -28,7 +28,7 @@ from pipeline.collection import Snapshot, Writer, this_command
 from pipeline.commits import EMBEDDINGS, FEATURES, FRAMES, Row
 from pipeline.config import SelectionPlan, check_scorer
 from pipeline.decode import DecodedFrame, DecodePool, VideoDecoded, VideoFailed
-from pipeline.embed import EmbedEvent, FrameEmbedder, VideoEmbedded, encode_texts
+from pipeline.embed import EmbedEvent, FrameEmbedder, VideoEmbedded, encode_captions, encode_texts
 from pipeline.errors import Interrupted, VideoError
 from pipeline.output import number_of
 from pipeline.progress import Progress
@@ -261,13 +261,13 @@ class Selecting:
         return self._encoder is not None
 
     def select(self, features: FrameFeatures, texts: Sequence[TimedText]) -> VideoEmbedding:
-        """Scores, keeps and pools one video."""
+        """Scores, keeps and pools one video. Raises VideoError if its texts cannot be encoded."""
         plan = self.plan
         if plan.selector == "topics":
             topics = [TimedText(topic) for topic in plan.topics]
             selection = select_frames(features, "topics", plan.keep, topics, self._topic_vectors)
         elif plan.selector == "caption" and texts and self._encoder is not None:
-            vectors = encode_texts(self._encoder, [t.text for t in texts])
+            vectors = encode_captions(self._encoder, [t.text for t in texts])
             selection = select_frames(features, "caption", plan.keep, texts, vectors)
         elif self._predict is not None:
             selection = select_frames(features, "scorer", plan.keep, predicted=self._predict(features.features))
@@ -327,6 +327,10 @@ def run_videos(
 def _failed(shard: _Shard, event: VideoFailed, progress: Progress) -> None:
     if event.will_retry:
         progress.note(f"will try again alone: {event.video.path}: {event.error.message}")
+    elif event.error.stage == "decode" and not check_unchanged(event.video):
+        # no fault of what was found there, and it may come back: to be tried again without being asked
+        error = VideoError(CHANGED, "the file changed or went away while it was read; run again")
+        shard.fail(replace(event, error=error))
     else:
         shard.fail(event)
 
@@ -345,7 +349,11 @@ def _embedded(shard: _Shard, event: VideoEmbedded, selecting: Selecting | None, 
         shard.fail(changed)
         return
     if selecting:
-        embedding = selecting.select(event.features, event.decoded.video.texts)
+        try:
+            embedding = selecting.select(event.features, event.decoded.video.texts)
+        except VideoError as error:
+            shard.fail(VideoFailed(event.decoded.video, event.decoded.attempt, error, False, event.decoded.seconds))
+            return
         shard.add_embedding(event.decoded, embedding, selecting.plan.name)
     shard.add_features(event.decoded, event.features)
 

@@ -17,6 +17,8 @@ from models.base import Encoder
 from pipeline import store
 from pipeline.collection import Collection
 from pipeline.commits import EMBEDDINGS, INDEX
+from pipeline.config import clean_line
+from pipeline.embed import encode_texts
 from pipeline.errors import IntegrityError, UsageError
 from pipeline.lookup import LOOKUP_FILE, Lookup, index_id
 from pipeline.rescore import find_moments, rescore, score_frames
@@ -76,15 +78,14 @@ class Searcher:
             rescoring: False ranks by the pooled vectors alone; hits then have no moments.
 
         Raises:
-            UsageError: An empty query, or k below 1.
+            UsageError: A query that is empty, too long or not text; or k below 1.
+            FinecoError: The encoder gives a query no vector that can be compared.
         """
         if k < 1:
             raise UsageError(f"-k {k}: ask for at least one hit")
-        for query in queries:
-            if not query.strip():
-                raise UsageError("an empty query", "Say in words what to look for.")
+        queries = [clean_line(query, f"query {n}") for n, query in enumerate(queries, 1)]
         n_candidates = max(CANDIDATES, CANDIDATES_PER_HIT * k) if rescoring else k
-        vectors = np.concatenate([self._encoder.encode_text([query]) for query in queries])
+        vectors = np.concatenate([encode_texts(self._encoder, [query]) for query in queries])
         answers = []
         for vector, (ids, scores) in zip(vectors, self._index.search(vectors, n_candidates), strict=True):
             found = self._rescored(vector, ids.tolist()) if rescoring else self._plain(ids.tolist(), scores.tolist())

@@ -71,6 +71,7 @@ class Video:
         path: Absolute path as text (surrogateescape for names that are not UTF-8).
         ctime_ns: With size and mtime, tells whether `content` must be computed again.
         duration_seconds: Known only after decoding.
+        text_notes: What of the text beside it could not be used, a line each.
     """
 
     video_id: str
@@ -81,6 +82,7 @@ class Video:
     ctime_ns: int
     duration_seconds: float | None = None
     texts: tuple[TimedText, ...] = ()
+    text_notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

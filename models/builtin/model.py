@@ -25,6 +25,7 @@ from pipeline.types import Float32, FrameGeometry, UInt8
 ABOUT = "it knows only rendered shapes (colour, size, place, motion): choose an open_clip model for real footage"
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 VOCABULARY = Path(__file__).with_name("vocabulary.json")
+DIGEST = Path(__file__).with_name("digest.json")  # SHA-256 of both, as `train.py` wrote them
 
 IMAGE_SIZE = 112
 DIM = 128
@@ -51,6 +52,11 @@ def read_vocabulary() -> dict[str, int]:
     """Word -> id, from 2 on."""
     words: list[str] = json.loads(VOCABULARY.read_text("utf-8"))
     return {word: number for number, word in enumerate(words, 2)}
+
+
+def digest_of(weights: Path, vocabulary: Path) -> str:
+    """SHA-256 of both files, for both decide the vectors."""
+    return hashlib.sha256(weights.read_bytes() + vocabulary.read_bytes()).hexdigest()
 
 
 class FrameTower(nn.Module):
@@ -151,6 +157,15 @@ class BuiltinEncoder:
         """B texts -> (B, 128) float32 unit rows. Words it does not know count as one unknown word."""
         return _unit(self._model.text(tokenize(texts, self._vocabulary).to(self.device)))
 
+    def caution(self, text: str) -> str:
+        """That it knows no word of a text, or reads only its start."""
+        words = _WORD.findall(text.lower())
+        if not any(word in self._vocabulary for word in words):
+            return "the built-in encoder knows none of its words, so its answers mean nothing"
+        if len(words) > CONTEXT_LENGTH:
+            return f"only its first {CONTEXT_LENGTH} of {len(words)} words are read"
+        return ""
+
 
 def _unit(features: Tensor) -> Float32:
     rows: Float32 = F.normalize(features.float(), dim=-1).cpu().numpy()
@@ -170,9 +185,11 @@ def load_builtin(device: str = "cpu", precision: str = "fp32") -> BuiltinEncoder
     try:
         vocabulary = read_vocabulary()
         model = DualEncoder(len(vocabulary) + 2)  # 0.03 s; on the meta device it would import dynamo and sympy: 5 s
+        sha256 = digest_of(WEIGHTS, VOCABULARY)
+        if sha256 != json.loads(DIGEST.read_text("utf-8")):
+            raise ValueError("they are not those that came with fineco (SHA-256 differs)")
         state = {name: t.float() if t.is_floating_point() else t for name, t in load_file(WEIGHTS).items()}
         model.load_state_dict(state, strict=True, assign=True)
-        sha256 = hashlib.sha256(WEIGHTS.read_bytes() + VOCABULARY.read_bytes()).hexdigest()  # both decide the vectors
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise IntegrityError(

@@ -233,6 +233,8 @@ def save(model: builtin.DualEncoder, words: dict[str, int], folder: Path) -> Non
         state[name] = (tensor.half() if half else tensor).contiguous()
     save_file(state, folder / builtin.WEIGHTS.name)
     (folder / builtin.VOCABULARY.name).write_text(json.dumps(list(words)) + "\n", "utf-8")
+    digest = builtin.digest_of(folder / builtin.WEIGHTS.name, folder / builtin.VOCABULARY.name)
+    (folder / builtin.DIGEST.name).write_text(json.dumps(digest) + "\n", "utf-8")
 
 
 def held_out_recall(encoder: builtin.BuiltinEncoder, seed: int, draws: int) -> float:

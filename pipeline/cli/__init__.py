@@ -6,6 +6,7 @@ click.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -19,8 +20,12 @@ from pipeline.errors import FinecoError
 __all__ = ["cli", "convert", "evaluate", "inspect", "main", "scorer", "stages", "train"]
 
 
+STDOUT_ERRORS = (errno.ENOSPC, errno.EBADF, errno.EIO)
+
+
 def main() -> None:
     """The `fineco` command. Every error is one line or two; a traceback only with -v."""
+    _open_standard_streams()
     context = Context()
     try:
         cli(sys.argv[1:] or ["--help"], prog_name="fineco", obj=context, standalone_mode=False)
@@ -42,10 +47,28 @@ def main() -> None:
     except Exception as error:
         if context.verbose:
             traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in STDOUT_ERRORS and error.filename is None:  # help, version
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter tries once more at its end
+            complain(f"error: cannot write the results: {error.strerror}")
+            sys.exit(1)
         first_line = str(error).strip().partition("\n")[0]
         complain(f"error: unexpected {type(error).__name__}: {first_line}")
         complain("  This is a fault in fineco; 'fineco -v ...' shows where.")
         sys.exit(1)
+
+
+def _open_standard_streams() -> None:
+    """Where a stream was closed (`>&-`), its number would go to the next file that is opened, and whatever writes to
+    the stream would write into that file. Notes may be lost; results may not: to write them is to fail."""
+    for number, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, flags)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
 
 
 def _usage_hint(error: click.UsageError) -> str:

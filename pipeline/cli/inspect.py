@@ -35,12 +35,13 @@ def status(folder: Path, as_json: bool) -> None:
 @collection_option
 @format_option
 @click.option("--skipped", is_flag=True, help="Also files that were skipped: no video in them, or duplicates.")
-def failures(folder: Path, form: str, skipped: bool) -> None:
+@click.option("--texts", is_flag=True, help="Instead: what of the text beside the videos could not be used.")
+def failures(folder: Path, form: str, skipped: bool, texts: bool) -> None:
     """List the videos that failed, and why. `--format paths` gives names to look at or move away."""
-    from pipeline.inspect import failures_of, failures_text
+    from pipeline.inspect import failures_of, failures_text, text_problems_of
     from pipeline.output import write_stdout
 
-    write_stdout(failures_text(failures_of(folder, skipped), form))
+    write_stdout(failures_text(text_problems_of(folder) if texts else failures_of(folder, skipped), form))
 
 
 @cli.command()

@@ -168,13 +168,12 @@ def search(
 
     Exits 4 when no query has a hit above the threshold.
     """
-    from pipeline.config import read_lines
+    from pipeline.config import clean_line, read_lines
 
-    all_queries = [*queries, *(read_lines(query_file, "query") if query_file else ())]
+    given = [clean_line(query, f"query {n}") for n, query in enumerate(queries, 1)]
+    all_queries = [*given, *(read_lines(query_file, "query") if query_file else ())]
     if not all_queries:
         raise click.UsageError("Say what to search for, or give a file of queries (-f).")
-    if not all(query.strip() for query in all_queries):
-        raise click.UsageError("A query is empty.")
     from pipeline import commands
     from pipeline.output import format_hits, write_stdout
 

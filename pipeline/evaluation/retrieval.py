@@ -8,6 +8,7 @@ other way round, the best-ranked of them counts. YouCookII's protocol takes each
 from __future__ import annotations
 
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -133,8 +134,10 @@ def evaluate_scores(
     """
     pairs = pair_up(annotations)
     try:
+        if not path.is_file():
+            raise ValueError("a pipe or a device")
         scores = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a .npy file of numbers"
         raise UsageError(f"{path}: {reason}", "Give an array of scores as numpy.save writes it.") from error
     shape = (len(pairs.texts), len(pairs.clips))

@@ -16,7 +16,7 @@ from models.base import Encoder
 from pipeline.annotations import Caption, read_captions, recognise
 from pipeline.collection import Snapshot
 from pipeline.commits import FEATURES
-from pipeline.embed import TEXTS_PER_BATCH
+from pipeline.embed import TEXTS_PER_BATCH, encode_texts
 from pipeline.errors import UsageError
 from pipeline.files import write_file
 from pipeline.output import number_of
@@ -207,7 +207,7 @@ def text_vectors(
         rows = np.empty((len(unique), encoder.spec.dim), np.float16)
         for start in range(0, len(unique), TEXTS_PER_BATCH):
             check()
-            rows[start : start + TEXTS_PER_BATCH] = encoder.encode_text(unique[start : start + TEXTS_PER_BATCH])
+            rows[start : start + TEXTS_PER_BATCH] = encode_texts(encoder, unique[start : start + TEXTS_PER_BATCH])
         order = np.array([at[text] for text in spoken_of.texts])
         write_file(path, lambda temporary: _save(temporary, rows[order]))
     mapped: NDArray[np.float16] = np.load(path, mmap_mode="r")

@@ -248,6 +248,7 @@ def test_saved_weights_load_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     training.save(model, words, tmp_path)
     monkeypatch.setattr(builtin, "WEIGHTS", tmp_path / builtin.WEIGHTS.name)
     monkeypatch.setattr(builtin, "VOCABULARY", tmp_path / builtin.VOCABULARY.name)
+    monkeypatch.setattr(builtin, "DIGEST", tmp_path / builtin.DIGEST.name)
     pixels = frames(2, 0)
     before = BuiltinEncoder(model, words, "", "cpu", "fp32").encode_frames(pixels)
     assert np.allclose(load_builtin().encode_frames(pixels), before, atol=5e-3)  # float16 on disk
