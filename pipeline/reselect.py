@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pipeline import store
 from pipeline.collection import Writer
 from pipeline.commits import EMBEDDINGS, FEATURES, Commit, Row
+from pipeline.interrupts import Interrupts
 from pipeline.progress import Progress
-from pipeline.run import Interrupts, Selecting
+from pipeline.run import Selecting
 from pipeline.types import Outcome, TimedText, VideoEmbedding
 
 

@@ -6,6 +6,9 @@ click.
 
 from __future__ import annotations
 
+from pipeline.cli import loading  # isort: skip  # before all else
+
+import errno
 import os
 import sys
 import traceback
@@ -15,6 +18,9 @@ import click
 from pipeline.cli import convert, evaluate, inspect, scorer, stages, train
 from pipeline.cli.options import Context, cli, complain
 from pipeline.errors import FinecoError
+from pipeline.interrupts import Interrupts
+
+DISK_REFUSES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 __all__ = ["cli", "convert", "evaluate", "inspect", "main", "scorer", "stages", "train"]
 
@@ -23,8 +29,9 @@ def main() -> None:
     """The `fineco` command. Every error is one line or two; a traceback only with -v."""
     context = Context()
     try:
-        cli(sys.argv[1:] or ["--help"], prog_name="fineco", obj=context, standalone_mode=False)
-        sys.stdout.flush()
+        with Interrupts() as interrupts, interrupts.at_once():  # commands that have something to finish have their own
+            cli(sys.argv[1:] or ["--help"], prog_name="fineco", obj=context, standalone_mode=False)
+            sys.stdout.flush()
     except click.UsageError as error:
         complain(f"error: {error.format_message()}\n  {_usage_hint(error)}")
         sys.exit(2)
@@ -42,13 +49,22 @@ def main() -> None:
     except Exception as error:
         if context.verbose:
             traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in DISK_REFUSES:  # such as the one with the temporary files
+            complain(f"error: cannot write {error.filename or 'a temporary file'}: {error.strerror}")
+            complain("  Free some space (TMPDIR chooses where temporary files go); the same command then continues.")
+            sys.exit(1)
         first_line = str(error).strip().partition("\n")[0]
         complain(f"error: unexpected {type(error).__name__}: {first_line}")
         complain("  This is a fault in fineco; 'fineco -v ...' shows where.")
         sys.exit(1)
+    finally:
+        loading.end_quietly()
 
 
 def _usage_hint(error: click.UsageError) -> str:
     if isinstance(error, click.NoSuchOption) and error.option_name in ("-q", "--quiet", "-v", "--verbose"):
         return f"It goes before the command: fineco {error.option_name} COMMAND ..."
     return f"See '{error.ctx.command_path if error.ctx else 'fineco'} --help'."
+
+
+loading.done()
