@@ -54,28 +54,26 @@ def limit_files(n_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
 
 
-SLOW: dict[str, list[tuple[str, str, float]]] = {
-    "catalog": [("pipeline.todo", "find_videos", 0.4)],
-    "decode": [("pipeline.decode", "DecodePool.decode", 0.02)],
-    "load": [("fakes", "FakeEncoder.__init__", 5.0)],
-    "embed": [("fakes", "FakeEncoder.encode_frames", 0.2)],
-    "select": [("pipeline.run", "Selecting.select", 0.2)],
-    "index": [("pipeline.indexing", "build_index", 5.0)],
-    "verify": [("pipeline.inspect", "check_file", 0.4)],
-    "train": [("pipeline.training.display", "Display.step", 0.05)],
+SLOW: dict[str, tuple[str, str, float]] = {
+    "catalog": ("pipeline.todo", "find_videos", 0.4),
+    "decode": ("pipeline.decode", "DecodePool.decode", 0.02),
+    "embed": ("fakes", "FakeEncoder.encode_frames", 0.2),
+    "select": ("pipeline.run", "Selecting.select", 0.2),
+    "index": ("pipeline.indexing", "build_index", 5.0),
+    "verify": ("pipeline.inspect", "check_file", 0.4),
+    "train": ("pipeline.training.display", "Display.step", 0.05),
 }
 """What takes long -> (module, function, seconds more for each call, or for each item that it gives)."""
 
 
 def slow(what: str, reached: str) -> None:
     """Makes a part of the work take longer, and creates the file `reached` when that part begins."""
-    two_workers()
-    for module_name, name, seconds in SLOW[what]:
-        owner: Any = importlib.import_module(module_name)
-        *classes, name = name.split(".")
-        for class_name in classes:
-            owner = getattr(owner, class_name)
-        setattr(owner, name, _slower(getattr(owner, name), seconds, reached))
+    module_name, path, seconds = SLOW[what]
+    owner: Any = importlib.import_module(module_name)
+    *classes, name = path.split(".")
+    for class_name in classes:
+        owner = getattr(owner, class_name)
+    setattr(owner, name, _slower(getattr(owner, name), seconds, reached))
 
 
 def _slower(call: Callable[..., Any], seconds: float, reached: str) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import json
@@ -42,6 +43,7 @@ class Server:
             start_new_session=True,
         )
         self._buffer = b""
+        atexit.register(self._process.communicate)
 
     def start(
         self,

@@ -105,8 +105,9 @@ def _work(parent: _Parent, memory: mmap.mmap, job: dict[str, Any], settings: dic
 
 
 def _harden(memory_bytes: int) -> None:
-    """Dies with the parent, leaves Ctrl-C to it, and cannot take more memory than allowed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Dies with the parent, leaves to it what is asked of all processes, and cannot take more memory than allowed."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

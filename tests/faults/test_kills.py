@@ -89,19 +89,37 @@ def make_material(folder: Path, make: Callable[[Path], None]) -> Material:
         shutil.copy(path, first)
     material = Material(videos, folder, {})
 
-    def ahead(stage: str, *stages: tuple[str, Path]) -> None:
+    def before(stage: str, other: Path, *stages: tuple[str, Path]) -> None:
+        """What another stage leaves (nothing where it is absent), and some stages on it."""
+        collection = folder / f"before-{stage}"
+        if other.exists():
+            shutil.copytree(other, collection)
         for earlier, of in stages:
-            assert call(earlier, of, folder / f"before-{stage}") in (0, FAILED)
+            assert call(earlier, of, collection) in (0, FAILED)
 
-    ahead("embed-frames", ("decode", videos))
-    ahead("select", ("run", videos))
-    ahead("index", ("run", first), ("select", first), ("index", first), ("embed-videos", videos), ("select", videos))
-    ahead("run", ("run", first))
-    for stage in STAGES:
+    def unbroken(stage: str) -> None:
         collection = material.before(stage, material.after(stage))
         started = time.monotonic()
         assert call(stage, videos, collection) == expected_code(stage)
         material.seconds[stage] = time.monotonic() - started
+
+    unbroken("decode")
+    before("embed-frames", material.after("decode"))
+    unbroken("embed-frames")
+    unbroken("embed-videos")
+    before("run", folder / "none", ("run", first))
+    unbroken("run")
+    before("select", material.after("run"))
+    unbroken("select")
+    before(
+        "index",
+        folder / "before-run",
+        ("select", first),
+        ("index", first),
+        ("embed-videos", videos),
+        ("select", videos),
+    )
+    unbroken("index")
     return material
 
 
@@ -230,12 +248,12 @@ def make_hundred(videos: Path) -> None:
     spoil(videos)
 
 
-def kill_at_random(material: Material, rng: random.Random, stage: str, folder: Path) -> int:
+def kill_at_random(material: Material, rng: random.Random, stage: str, folder: Path, *prepare: object) -> int:
     """Kills a stage once, at any moment of it, and finishes it; returns how many workers it had then."""
     for attempt in range(100):
         collection = material.before(stage, folder / str(attempt))
         moment = rng.uniform(0, material.seconds[stage])
-        job = server().start(stage, material.videos, collection, prepare=("sabotage", "two_workers", []))
+        job = server().start(stage, material.videos, collection, prepare=prepare)
         if job.ended_within(moment):  # before it could be killed
             continue
         workers = job.children()
@@ -264,7 +282,7 @@ def test_killed_at_125_random_moments_of_a_hundred_videos_the_digest_is_always_t
     kills = {stage: 0 for stage in ("decode", "embed-frames", "select", "index", "run")}
     for _ in range(KILLS // len(kills)):
         for stage in kills:
-            kill_at_random(material, rng, stage, tmp_path / "c")
+            kill_at_random(material, rng, stage, tmp_path / "c", "sabotage", "two_workers", [])
             shutil.rmtree(tmp_path / "c")
             kills[stage] += 1
     print(f"{sum(kills.values())} kills: {kills}")
