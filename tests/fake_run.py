@@ -13,6 +13,7 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +178,7 @@ def _fork(order: dict[str, Any]) -> tuple[int, int]:
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         os.dup2(0, 1)
         os.environ.update(order["environment"])
+        tempfile.tempdir = None  # TMPDIR may be among it
         sys.argv = ["fineco", order["stage"], order["videos"], "-c", order["collection"]]
         if order["prepare"]:
             module, name, arguments = order["prepare"]

@@ -48,10 +48,19 @@ def two_workers() -> None:
 
 def limit_files(n_bytes: int) -> None:
     """No file may get longer: what a full disk is, without a disk."""
-    import pipeline.decode
+    from pipeline.decode import _Worker
 
-    pipeline.decode.MAX_SLOTS = 4  # the memory of the decoding processes counts as a file
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
+    limits = (n_bytes, resource.RLIM_INFINITY)
+    plain_init = _Worker.__init__
+
+    def start_unlimited(worker: _Worker, settings: dict[str, Any]) -> None:
+        """The memory that a decoding process shares counts as a file."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        plain_init(worker, settings)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    _Worker.__init__ = start_unlimited  # type: ignore[method-assign,assignment]
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 SLOW: dict[str, tuple[str, str, float]] = {

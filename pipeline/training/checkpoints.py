@@ -57,7 +57,7 @@ class Journal:
         self._events: Any = None
 
     def load(self) -> dict[str, Any] | None:
-        """The saved state; metrics of steps after it are dropped, for they will come again.
+        """The saved state; metrics that are not in its history are dropped, for they will come again.
 
         Raises:
             IntegrityError: The state is damaged.
@@ -74,7 +74,7 @@ class Journal:
                 ) from error
         if not self._writes:
             return state
-        self._drop_metrics_after(int(state["step"]) if state else 0)
+        self._keep_metrics(len(state["history"]) if state else 0)
         if self._writer_of_events is not None:
             self._events = self._writer_of_events(
                 str(self.folder / "tensorboard"), purge_step=int(state["step"]) + 1 if state else None
@@ -118,14 +118,14 @@ class Journal:
         if self._events is not None:
             self._events.close()
 
-    def _drop_metrics_after(self, step: int) -> None:
+    def _keep_metrics(self, n_lines: int) -> None:
+        """Drops all but the first so many lines, and with them half a line that a dying process left."""
         try:
             lines = self._metrics.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
             return
-        kept = [line for line in lines if _step_of(line) <= step]
-        if kept != lines:
-            write_bytes(self._metrics, b"".join(kept))
+        if len(lines) > n_lines:
+            write_bytes(self._metrics, b"".join(lines[:n_lines]))
 
 
 def write_weights(path: Path, write: Callable[[Path], None]) -> FileRecord:
@@ -166,10 +166,3 @@ def _summary_writer() -> Any:
             "--tensorboard: the package TensorBoard is not installed", "Run: pip install tensorboard"
         ) from error
     return SummaryWriter
-
-
-def _step_of(line: bytes) -> float:
-    try:
-        return int(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
-    except (ValueError, KeyError, TypeError):  # a line that a dying process left
-        return float("inf")
