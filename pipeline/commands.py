@@ -29,10 +29,12 @@ from pipeline.config import (
 )
 from pipeline.embed import text_cautions
 from pipeline.errors import UsageError
+from pipeline.interrupts import Interrupts
+from pipeline.lock import LOCK_FILE, Lock
 from pipeline.output import number_of
 from pipeline.progress import Progress
 from pipeline.reselect import count_unselected, select_stored
-from pipeline.run import Interrupts, Selecting, Summary, decode_videos, default_workers, run_videos, start_pool
+from pipeline.run import Selecting, Summary, decode_videos, default_workers, run_videos, start_pool
 from pipeline.todo import Todo
 from pipeline.types import DecodeLimits, FrameGeometry, Hit, Video
 
@@ -180,19 +182,19 @@ def _stream(
             check_scorer(plan, loaded.spec.name, loaded.spec.fingerprint)
         return loaded
 
-    if collection is None:
-        Collection.check_new(folder)
+    _check_place(folder, collection)
     if collection is None or collection.encoder is None:
         load_fitting()  # a model that cannot be had, or a scorer of another, must not leave anything behind
-    collection = collection or Collection.create(folder, config)
-    with Interrupts() as interrupts, collection.writing(this_command()) as writer:
+    collection = collection or _create(folder, config)
+    with Interrupts(this_command()) as interrupts, collection.writing(this_command()) as writer:
         stored = sources.again or (base.videos(FEATURES) if base is not None else writer.videos(FRAMES))
         todo = _todo(writer, sources, stored, FEATURES, machine, interrupts)
         if plan is not None:
             collection.use_selection(plan.name, plan.content)
         summary = Summary(todo.counts)
         if todo.counts.to_do:
-            loaded = load_fitting()
+            with interrupts.at_once():
+                loaded = load_fitting()
             config["precision"] = loaded.precision
             record = {
                 "name": loaded.spec.name,
@@ -215,15 +217,35 @@ def _stream(
                 summary = run_videos(writer, todo, loaded, selecting, pool, batch_size, progress, interrupts, base)
         if plan is not None:
             _select_missing(writer, plan, get_encoder, machine, interrupts)
-            _index(writer, index_kind, None, machine)
+            _index(writer, index_kind, None, machine, interrupts)
     return summary
+
+
+def _check_place(folder: Path, collection: Collection | None) -> None:
+    """Raises UsageError, before a model is loaded, where no collection can be made or somebody else writes to it."""
+    if collection is None:
+        Collection.check_new(folder)
+    if (folder / LOCK_FILE).exists():
+        with Lock(folder, this_command()):
+            pass
+
+
+def _create(folder: Path, config: dict[str, Any]) -> Collection:
+    """Makes the collection, under its lock: two commands may have found none there."""
+    if not Collection.exists(folder):
+        Collection.check_new(folder)
+    with Lock(folder, this_command()):
+        if Collection.exists(folder):
+            raise UsageError(f"{folder} was made by another command meanwhile", "Give the same command again.")
+        return Collection.create(folder, config)
 
 
 def _todo(
     writer: Writer, sources: Sources, stored: Iterable[Video], wanted: str, machine: Machine, interrupts: Interrupts
 ) -> Todo:
     paths, manifest, retry = sources.sources, sources.manifest, sources.retry_failed
-    todo = Todo(writer, paths, manifest, stored, wanted, retry, machine.say, interrupts.check)
+    with interrupts.at_once():  # a large file takes long to read
+        todo = Todo(writer, paths, manifest, stored, wanted, retry, machine.say, interrupts.check)
     counts = todo.counts
     parts = [f"{counts.to_do} to do"]
     parts += [f"{counts.done_before} done before"] if counts.done_before else []
@@ -244,8 +266,8 @@ def decode(
     config = merge_config(collection.config if collection else {}, options)
     config.setdefault("frame_size", DEFAULT_FRAME_SIZE)
     set_sampling(config, None)
-    collection = collection or Collection.create(folder, config)
-    with Interrupts() as interrupts, collection.writing(this_command()) as writer:
+    collection = collection or _create(folder, config)
+    with Interrupts(this_command()) as interrupts, collection.writing(this_command()) as writer:
         if collection.config != config:
             collection.update(config, collection.encoder)
         todo = _todo(writer, sources, sources.again, FRAMES, machine, interrupts)
@@ -269,7 +291,7 @@ def select(
     """
     collection = Collection(folder)
     plan = plan_selection(collection, options, change=True)
-    with Interrupts() as interrupts, collection.writing(this_command()) as writer:
+    with Interrupts(this_command()) as interrupts, collection.writing(this_command()) as writer:
         if not writer.state.places.get(FEATURES):
             raise UsageError(f"{folder} has no features to select from", "Run 'fineco run' or 'fineco embed' first.")
         get_encoder = EncoderOnDemand(collection.config, collection, machine, encoder)
@@ -286,7 +308,8 @@ def _select_missing(
         return 0
 
     def make_selecting(any_text: bool) -> Selecting:
-        return Selecting(plan, get_encoder() if plan.needs_encoder(any_text) else None)
+        with interrupts.at_once():
+            return Selecting(plan, get_encoder() if plan.needs_encoder(any_text) else None)
 
     with machine.progress() as progress:
         return select_stored(writer, make_selecting, plan.name, progress, interrupts)
@@ -297,17 +320,20 @@ def index(
 ) -> bool:
     """Builds the index of the selection in use; returns False when it was up to date."""
     collection = Collection(folder)
-    with Interrupts(), collection.writing(this_command()) as writer:
-        return _index(writer, kind, memory_bytes, machine, force)
+    with Interrupts(this_command()) as interrupts, collection.writing(this_command()) as writer:
+        return _index(writer, kind, memory_bytes, machine, interrupts, force)
 
 
-def _index(writer: Writer, kind: str, memory_bytes: int | None, machine: Machine, force: bool = False) -> bool:
+def _index(
+    writer: Writer, kind: str, memory_bytes: int | None, machine: Machine, interrupts: Interrupts, force: bool = False
+) -> bool:
     from pipeline.indexing import build_collection_index
 
     if not any(name.startswith("embeddings/") for name in writer.state.places):
         machine.say("No video to index.")
         return False
-    report = build_collection_index(writer, kind, memory_bytes, machine.say, force)
+    with interrupts.at_once():  # the index before it stays
+        report = build_collection_index(writer, kind, memory_bytes, machine.say, force)
     machine.say(report.describe() if report else "The index is up to date.")
     return report is not None
 

@@ -21,8 +21,9 @@ from pipeline.commands import Machine
 from pipeline.commits import BLIND_STAGES, INDEX, Row
 from pipeline.files import FileRecord, link_file, write_pointer
 from pipeline.indexing import move_index
+from pipeline.interrupts import Interrupts
 from pipeline.output import number_of
-from pipeline.run import SHARD_BYTES, SHARD_VIDEOS, Interrupts
+from pipeline.run import SHARD_BYTES, SHARD_VIDEOS
 from pipeline.todo import CATALOG_ROWS_PER_COMMIT
 from pipeline.types import TimedText
 
@@ -55,7 +56,7 @@ def compact(folder: Path, machine: Machine = Machine()) -> Folded | None:
         FinecoError: The disk is full, or the like; nothing was removed.
     """
     collection = Collection(folder)
-    with Interrupts() as interrupts, collection.writing(this_command()) as writer:
+    with Interrupts(this_command()) as interrupts, collection.writing(this_command()) as writer:
         last, records = writer.state.last_number, dict(writer.records)
         n_commits = len(collection.commit_numbers())
         if not _any_gain(writer):

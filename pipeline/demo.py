@@ -244,7 +244,10 @@ def _show(videos: Sequence[DemoVideo], answers: Sequence[Sequence[Hit]]) -> None
 
 def _render_numbers(script: Path, numbers: Sequence[int]) -> None:
     """What a rendering process does."""
+    parent = os.getppid()
     for entry in (json.loads(script.read_bytes())[i] for i in numbers):
+        if os.getppid() != parent:
+            sys.exit("stopped")  # as the demo was
         cuts = tuple(SceneCut(tuple(cut.pop("scene")), **cut) for cut in entry.pop("cuts"))
         render_video(DemoVideo(cuts=cuts, **entry), script.parent)
 

@@ -48,8 +48,12 @@ class VideoError(Exception):
 
 
 class Interrupted(FinecoError):
-    """Ctrl-C (exit code 130) or SIGTERM (143); what was finished is kept."""
+    """Ctrl-C (exit code 130), SIGTERM (143) or SIGHUP (129); what was finished is kept.
 
-    def __init__(self, signal_number: int, command: str) -> None:
-        super().__init__("stopped; what was finished is kept", f"Go on with: {command}")
+    Args:
+        command: To go on with; none where nothing was begun that could be gone on with.
+    """
+
+    def __init__(self, signal_number: int, command: str = "") -> None:
+        super().__init__(*("stopped; what was finished is kept", f"Go on with: {command}") if command else ("stopped",))
         self.exit_code = 128 + signal_number

@@ -27,11 +27,12 @@ from pipeline.config import SelectOptions, plan_selection
 from pipeline.errors import FinecoError, IntegrityError, UsageError, VideoError
 from pipeline.files import record_of, seal, write_bytes, write_pointer
 from pipeline.indexing import build_collection_index
+from pipeline.interrupts import Interrupts
 from pipeline.lock import Lock
 from pipeline.lookup import LOOKUP_FILE, Lookup, index_id
 from pipeline.output import number_of, visible
 from pipeline.reselect import select_stored
-from pipeline.run import Interrupts, Selecting
+from pipeline.run import Selecting
 from pipeline.types import Outcome, Video
 from pipeline.verify import Examination, all_commit_numbers, examine, lost_rows
 
@@ -262,7 +263,11 @@ def _select_again(
     def make_selecting(any_text: bool) -> Selecting:
         return Selecting(plan, get_encoder() if plan.needs_encoder(any_text) else None)
 
-    with Interrupts() as interrupts, collection.writing(this_command()) as writer, machine.progress() as progress:
+    with (
+        Interrupts(this_command()) as interrupts,
+        collection.writing(this_command()) as writer,
+        machine.progress() as progress,
+    ):
         select_stored(writer, make_selecting, name, progress, interrupts, ids)
 
 

@@ -9,8 +9,9 @@ from pipeline import store
 from pipeline.collection import Writer
 from pipeline.commits import EMBEDDINGS, FEATURES, Commit, Row
 from pipeline.errors import VideoError
+from pipeline.interrupts import Interrupts
 from pipeline.progress import Progress
-from pipeline.run import Interrupts, Selecting
+from pipeline.run import Selecting
 from pipeline.types import Outcome, TimedText, VideoEmbedding
 
 

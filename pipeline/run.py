@@ -9,7 +9,6 @@ stopped, record each video's outcome, and close a shard after so many videos, so
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from collections import Counter
@@ -17,19 +16,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from types import FrameType, TracebackType
 
 import numpy as np
 
 from models.base import Encoder, VideoEncoder
 from pipeline import store
 from pipeline.catalog import check_unchanged
-from pipeline.collection import Snapshot, Writer, this_command
+from pipeline.collection import Snapshot, Writer
 from pipeline.commits import EMBEDDINGS, FEATURES, FRAMES, Row
 from pipeline.config import SelectionPlan, check_scorer
 from pipeline.decode import DecodedFrame, DecodePool, VideoDecoded, VideoFailed
 from pipeline.embed import EmbedEvent, FrameEmbedder, VideoEmbedded, encode_captions, encode_texts
-from pipeline.errors import Interrupted, VideoError
+from pipeline.errors import VideoError
+from pipeline.interrupts import Interrupts
 from pipeline.output import number_of
 from pipeline.progress import Progress
 from pipeline.sampling import Sampling
@@ -93,39 +92,6 @@ class Summary:
         if self.codes:
             lines.append("not done: " + ", ".join(f"{n} {code}" for code, n in self.codes.most_common()))
         return [*lines, *self.notes]
-
-
-class Interrupts:
-    """Turns the first Ctrl-C or SIGTERM into an event, so that the shard in progress is finished; the second one ends
-    the process at once."""
-
-    def __init__(self) -> None:
-        self.stop = threading.Event()
-        self.number = 0
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.stop.is_set():
-            os._exit(128 + number)
-        self.number = number
-        self.stop.set()
-
-    def check(self) -> None:
-        """Raises Interrupted once a signal has come."""
-        if self.stop.is_set():
-            raise Interrupted(self.number, this_command())
 
 
 class _Shard:

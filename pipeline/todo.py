@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.catalog import find_videos
 from pipeline.collection import Writer
 from pipeline.commits import Row
+from pipeline.errors import FinecoError
 from pipeline.types import Outcome, Video
 
 CATALOG_ROWS_PER_COMMIT = 10_000
@@ -76,7 +77,8 @@ class Todo:
             else:
                 self.counts.to_do += 1
                 row = Row.of(found, Outcome(found.video_id, found.path, "ok", "catalog"))
-                self._spool.write(json.dumps(row.to_json()).encode() + b"\n")
+                self._put(json.dumps(row.to_json()).encode() + b"\n")
+        self._put(b"", last=True)
         self._commit()
 
     def videos(self) -> Iterator[Video]:
@@ -84,6 +86,17 @@ class Todo:
         self._spool.seek(0)
         for line in self._spool:
             yield Row.from_json(json.loads(line)).video()
+
+    def _put(self, line: bytes, last: bool = False) -> None:
+        try:
+            self._spool.write(line)
+            if last:
+                self._spool.flush()
+        except OSError as error:
+            raise FinecoError(
+                f"cannot write a temporary file in {tempfile.gettempdir()}: {error.strerror or error}",
+                "Free some space there, or let TMPDIR name another folder; the same command then continues.",
+            ) from error
 
     def _problem(self, outcome: Outcome) -> None:
         if outcome.status == "skipped":

@@ -6,6 +6,8 @@ click.
 
 from __future__ import annotations
 
+from pipeline.cli import loading  # isort: skip  # before all else
+
 import errno
 import os
 import sys
@@ -16,11 +18,11 @@ import click
 from pipeline.cli import convert, evaluate, inspect, scorer, stages, train
 from pipeline.cli.options import Context, cli, complain
 from pipeline.errors import FinecoError
+from pipeline.interrupts import Interrupts
+
+REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EBADF, errno.EIO})  # to be written
 
 __all__ = ["cli", "convert", "evaluate", "inspect", "main", "scorer", "stages", "train"]
-
-
-STDOUT_ERRORS = (errno.ENOSPC, errno.EBADF, errno.EIO)
 
 
 def main() -> None:
@@ -28,8 +30,9 @@ def main() -> None:
     _open_standard_streams()
     context = Context()
     try:
-        cli(sys.argv[1:] or ["--help"], prog_name="fineco", obj=context, standalone_mode=False)
-        sys.stdout.flush()
+        with Interrupts() as interrupts, interrupts.at_once():  # commands that have something to finish have their own
+            cli(sys.argv[1:] or ["--help"], prog_name="fineco", obj=context, standalone_mode=False)
+            sys.stdout.flush()
     except click.UsageError as error:
         complain(f"error: {error.format_message()}\n  {_usage_hint(error)}")
         sys.exit(2)
@@ -47,14 +50,16 @@ def main() -> None:
     except Exception as error:
         if context.verbose:
             traceback.print_exc()
-        if isinstance(error, OSError) and error.errno in STDOUT_ERRORS and error.filename is None:  # help, version
+        if isinstance(error, OSError) and error.errno in REFUSED:
+            complain(f"error: cannot write {error.filename or 'the results'}: {error.strerror}")
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter tries once more at its end
-            complain(f"error: cannot write the results: {error.strerror}")
             sys.exit(1)
         first_line = str(error).strip().partition("\n")[0]
         complain(f"error: unexpected {type(error).__name__}: {first_line}")
         complain("  This is a fault in fineco; 'fineco -v ...' shows where.")
         sys.exit(1)
+    finally:
+        loading.end_quietly()
 
 
 def _open_standard_streams() -> None:
@@ -75,3 +80,6 @@ def _usage_hint(error: click.UsageError) -> str:
     if isinstance(error, click.NoSuchOption) and error.option_name in ("-q", "--quiet", "-v", "--verbose"):
         return f"It goes before the command: fineco {error.option_name} COMMAND ..."
     return f"See '{error.ctx.command_path if error.ctx else 'fineco'} --help'."
+
+
+loading.done()

@@ -28,9 +28,9 @@ from models.registry import load_encoder
 from models.scorer import FrameScorer, save_scorer, score_frames_without_text
 from models.scorer_file import BUILTIN
 from pipeline.config import DEFAULT_KEEP
-from pipeline.files import write_file
 from pipeline.select import highest, parse_keep, uniform
 from pipeline.store import round_features
+from pipeline.training.checkpoints import write_weights
 from pipeline.training.scorer import Lesson, Part, distil, facts_of, lesson, measure
 from pipeline.types import Bool, FrameFeatures, TimedText, UInt8
 
@@ -161,7 +161,7 @@ def main() -> None:
         "held out": lessons["alike"] + lessons["any"],
     }
     facts = facts_of(scorer, encoder, parts, "python -m pipeline.training.builtin_scorer", options.seed)
-    record = write_file(options.out, lambda path: save_scorer(path, scorer, facts))
+    record = write_weights(options.out, lambda path: save_scorer(path, scorer, facts))
     print(f"{options.out}: {record.size_bytes} bytes")
 
 

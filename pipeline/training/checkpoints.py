@@ -11,14 +11,18 @@ fineco-kitchen/
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from pipeline.errors import IntegrityError, UsageError
-from pipeline.files import write_bytes, write_file
+from pipeline.errors import FinecoError, IntegrityError, UsageError
+from pipeline.files import FileRecord, write_bytes, write_file
 
 WORK = "training"
 STATE = "state.pt"
@@ -53,7 +57,7 @@ class Journal:
         self._events: Any = None
 
     def load(self) -> dict[str, Any] | None:
-        """The saved state; metrics of steps after it are dropped, for they will come again.
+        """The saved state; metrics that are not in its history are dropped, for they will come again.
 
         Raises:
             IntegrityError: The state is damaged.
@@ -70,7 +74,7 @@ class Journal:
                 ) from error
         if not self._writes:
             return state
-        self._drop_metrics_after(int(state["step"]) if state else 0)
+        self._keep_metrics(len(state["history"]) if state else 0)
         if self._writer_of_events is not None:
             self._events = self._writer_of_events(
                 str(self.folder / "tensorboard"), purge_step=int(state["step"]) + 1 if state else None
@@ -88,7 +92,7 @@ class Journal:
         if not self._writes:
             return
         started = time.monotonic()
-        write_file(self.folder / WORK / STATE, lambda path: torch.save(state, path))
+        write_file(self.folder / WORK / STATE, lambda path: _write_state(path, state))
         self._saved_at = time.monotonic()
         self._save_cost = self._saved_at - started
 
@@ -96,8 +100,14 @@ class Journal:
         """Adds a line of metrics, on disk before the next step."""
         if not self._writes:
             return
-        with self._metrics.open("a", encoding="ascii") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self._metrics.open("a", encoding="ascii") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # half a line may be there: a restart drops it
+            raise FinecoError(
+                f"cannot write {self._metrics}: {error.strerror or error}",
+                "Free some space; the same command then goes on from the last saved state.",
+            ) from error
         if self._events is not None:
             for name, value in line.items():
                 if isinstance(value, float):
@@ -108,14 +118,44 @@ class Journal:
         if self._events is not None:
             self._events.close()
 
-    def _drop_metrics_after(self, step: int) -> None:
+    def _keep_metrics(self, n_lines: int) -> None:
+        """Drops all but the first so many lines, and with them half a line that a dying process left."""
         try:
             lines = self._metrics.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
             return
-        kept = [line for line in lines if _step_of(line) <= step]
-        if kept != lines:
-            write_bytes(self._metrics, b"".join(kept))
+        if len(lines) > n_lines:
+            write_bytes(self._metrics, b"".join(lines[:n_lines]))
+
+
+def write_weights(path: Path, write: Callable[[Path], None]) -> FileRecord:
+    """`write_file` for a function that writes with safetensors.
+
+    Raises:
+        FinecoError: As `write_file`; safetensors has an exception of its own for what the disk refuses.
+    """
+
+    def write_or_raise(temporary: Path) -> None:
+        try:
+            write(temporary)
+        except SafetensorError as error:
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+    return write_file(path, write_or_raise)
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # which torch makes of an error that the file's `write` raised
+            cause = error.__context__
+            if isinstance(cause, OSError):
+                raise cause from error
+            raise
 
 
 def _summary_writer() -> Any:
@@ -126,10 +166,3 @@ def _summary_writer() -> Any:
             "--tensorboard: the package TensorBoard is not installed", "Run: pip install tensorboard"
         ) from error
     return SummaryWriter
-
-
-def _step_of(line: bytes) -> float:
-    try:
-        return int(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
-    except (ValueError, KeyError, TypeError):  # a line that a dying process left
-        return float("inf")

@@ -20,9 +20,9 @@ from pipeline.collection import Collection, Snapshot, this_command
 from pipeline.config import read_lines
 from pipeline.errors import IntegrityError, Interrupted, UsageError
 from pipeline.files import write_bytes
+from pipeline.interrupts import Interrupts
 from pipeline.lock import LOCK_FILE, Lock
 from pipeline.output import number_of
-from pipeline.run import Interrupts
 from pipeline.training.bank import FeatureBank
 from pipeline.training.calibration import calibrate
 from pipeline.training.captions import SpokenOf, read_texts, video_numbers
@@ -100,7 +100,7 @@ def train_collection(
                 _check_output(output)
                 stack.enter_context(Lock(output, this_command()))
                 stack.callback(_leave_nothing_unbegun, output)
-            interrupts = stack.enter_context(Interrupts())
+            interrupts = stack.enter_context(Interrupts(this_command()))
             record = _read_record(output)
             options = merge(record.get("options", {}), given)
             if record.get("result"):

@@ -33,10 +33,10 @@ from pipeline.commits import FEATURES
 from pipeline.config import DEFAULT_KEEP, check_encoder
 from pipeline.embed import encode_texts
 from pipeline.errors import UsageError
-from pipeline.files import write_file
 from pipeline.output import number_of
 from pipeline.progress import Progress
 from pipeline.select import LEAST_COSINE, Keep, best_first, caption, parse_keep, uniform
+from pipeline.training.checkpoints import write_weights
 from pipeline.types import Bool, Float32, FrameFeatures, TimedText, Video
 
 Part = Literal["training", "validation", "held out"]
@@ -309,7 +309,7 @@ def train_scorer(
     machine.say(f"{len(parts['training'])} of {number_of(len(lessons), 'video')} teach")
     scorer = distil(parts["training"], parts["validation"], seed, machine.say)
     facts = facts_of(scorer, encoder, parts, collection.folder.absolute().name, seed)
-    write_file(output, lambda path: save_scorer(path, scorer, facts))
+    write_weights(output, lambda path: save_scorer(path, scorer, facts))
     return facts
 
 

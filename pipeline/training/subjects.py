@@ -21,10 +21,10 @@ from models.videoclip import VideoCLIP, VideoCLIPConfig, VideoStates, text_batch
 from pipeline.collection import Collection
 from pipeline.config import check_encoder
 from pipeline.errors import UsageError
-from pipeline.files import write_bytes, write_file
+from pipeline.files import write_bytes
 from pipeline.output import number_of
 from pipeline.training.captions import SpokenOf, text_vectors
-from pipeline.training.checkpoints import WORK
+from pipeline.training.checkpoints import WORK, write_weights
 from pipeline.training.distributed import Group
 from pipeline.training.examples import Rows, Texts, TextVectors
 
@@ -119,7 +119,7 @@ class Head:
         return FineCoHead(self._config)
 
     def save(self, output: Path, model: nn.Module) -> None:
-        write_file(output / WEIGHTS_NAME, lambda path: save_weights(path, model))
+        write_weights(output / WEIGHTS_NAME, lambda path: save_weights(path, model))
 
 
 class Towers:
@@ -159,7 +159,7 @@ class Towers:
 
     def save(self, output: Path, model: nn.Module) -> None:
         assert isinstance(model, TrainableVideoCLIP)
-        write_file(output / TOWERS_NAME, lambda path: save_weights(path, model.towers))
+        write_weights(output / TOWERS_NAME, lambda path: save_weights(path, model.towers))
 
 
 class TrainableVideoCLIP(nn.Module):

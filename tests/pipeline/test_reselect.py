@@ -15,7 +15,7 @@ from pipeline.collection import Collection
 from pipeline.commands import Sources
 from pipeline.config import EmbedOptions, SelectOptions
 from pipeline.errors import FinecoError, IntegrityError, Interrupted, UsageError
-from pipeline.run import Interrupts
+from pipeline.interrupts import Interrupts
 from pipeline.select import embed_video, n_kept, parse_keep, select_frames
 from pipeline.store import round_features
 from pipeline.types import Float32, TimedText, UInt8, VideoEmbedding
