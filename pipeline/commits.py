@@ -63,7 +63,7 @@ class Row:
         outcome = {name: row.pop(name) for name in Outcome.__slots__}
         outcome["notes"] = tuple(outcome["notes"])
         row["texts"] = tuple(TimedText(*text) for text in row["texts"])
-        row["text_notes"] = tuple(row.get("text_notes", ()))  # collections made before there were any have none
+        row["text_notes"] = tuple(row["text_notes"])
         return cls(Outcome(**outcome), **row)
 
     def video(self) -> Video:

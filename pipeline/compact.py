@@ -168,7 +168,8 @@ def _fold_outcomes(writer: Writer, last: int, interrupts: Interrupts) -> None:
         outcome = row.outcome
         is_last_word = latest.get(outcome.path) == number and outcome.status != "removed"
         is_found = outcome.status == "ok" and found_in.get(outcome.video_id) == number
-        if is_last_word or is_found:
+        failed_since = outcome.stage == "select" and number > latest.get(outcome.path, number)
+        if is_last_word or is_found or failed_since:
             rows.append(row)
         if len(rows) >= CATALOG_ROWS_PER_COMMIT:
             interrupts.check()
@@ -179,10 +180,10 @@ def _fold_outcomes(writer: Writer, last: int, interrupts: Interrupts) -> None:
 
 
 def _seen(writer: Writer, last: int) -> Iterator[tuple[int, Row]]:
-    """The rows of the commits up to `last` that say where a file is, with the commits' numbers."""
+    """Rows of the commits up to `last` that say where a file is, or that a selection failed, with the numbers."""
     for number in writer.collection.commit_numbers():
         if number > last:
             return
         for row in writer.collection.read_commit(number).rows:
-            if row.outcome.stage not in BLIND_STAGES:
+            if row.outcome.stage not in BLIND_STAGES or (row.outcome.stage, row.outcome.status) == ("select", "failed"):
                 yield number, row

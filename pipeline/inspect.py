@@ -10,7 +10,7 @@ from typing import Any
 
 from indexes.generations import current_generation, read_sidecar
 from pipeline.collection import Collection, Snapshot
-from pipeline.commits import BLIND_STAGES, EMBEDDINGS, FEATURES, FRAMES, INDEX, Row
+from pipeline.commits import EMBEDDINGS, FEATURES, FRAMES, INDEX, Row
 from pipeline.config import sampling_of
 from pipeline.doctor import examine, problems
 from pipeline.errors import FinecoError, UsageError
@@ -98,7 +98,7 @@ def failures_of(folder: Path, skipped: bool) -> list[Row]:
         latest: dict[str, Row] = {}
         for commit in collection.commits():
             for row in commit.rows:
-                if row.outcome.stage in BLIND_STAGES:
+                if row.outcome.stage in ("compact", "repair"):  # which repeat what was known
                     continue
                 if row.outcome.status in wanted:
                     latest[row.outcome.path] = row
@@ -112,7 +112,7 @@ def failures_of(folder: Path, skipped: bool) -> list[Row]:
 
 def text_problems_of(folder: Path) -> list[Row]:
     """What of the text beside the videos could not be used: a row of code `text` for each note, sorted by path."""
-    state = Collection(folder).state()
+    state = Snapshot(Collection(folder)).state
     return [
         Row(Outcome(state.latest[path][1], path, "ok", "catalog", "text", note))
         for path in sorted(state.text_notes)

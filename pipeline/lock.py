@@ -35,7 +35,9 @@ class Lock:
                 self._release()
         except OSError as error:
             self._release()
-            raise FinecoError(f"cannot write to {self._path.parent}: {error.strerror or error}") from error
+            raise FinecoError(
+                f"cannot write to {self._path.parent}: {error.strerror or error}", "Choose another folder."
+            ) from error
         except FinecoError:
             self._release()
             raise

@@ -18,15 +18,16 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-import pipeline.indexing  # with FAISS: before the fork
-import pipeline.run
 from fakes import FakeEncoder
 from pipeline import commands
 from pipeline.cli import main
 from pipeline.commands import Machine, Sources
+from pipeline.compact import compact as fold
 from pipeline.config import EmbedOptions, SelectOptions
 from pipeline.errors import FinecoError
+from pipeline.repair import repair_collection
 from pipeline.sampling import Sampling
 
 FPS5 = EmbedOptions(sampling=Sampling("fps", 5.0))
@@ -77,6 +78,16 @@ def search(videos: Path, collection: Path, encoder: FakeEncoder) -> bool:
     return not commands.search(collection, ["a red block"], encoder=encoder)[0]
 
 
+def compact(videos: Path, collection: Path, encoder: FakeEncoder) -> bool:
+    fold(collection, machine())
+    return False
+
+
+def repair(videos: Path, collection: Path, encoder: FakeEncoder) -> bool:
+    found, hopeless = repair_collection(collection, machine(), encoder)
+    return bool(found.problems or hopeless)
+
+
 def train(videos: Path, collection: Path, encoder: FakeEncoder) -> bool:
     """Over the collection in `videos`, into the folder `collection`."""
     from pipeline.training.command import Work
@@ -94,6 +105,8 @@ STAGES: dict[str, Stage] = {
     "select": select,
     "index": index,
     "run": run,
+    "compact": compact,
+    "repair": repair,
     "verify": verify,
     "search": search,
     "train": train,
@@ -103,9 +116,9 @@ STAGES: dict[str, Stage] = {
 
 def call(stage: str, videos: Path, collection: Path, seconds_per_batch: float = 0.0) -> int:
     """A stage as a command: its exit code; small shards, so that a dozen videos make many commits."""
-    pipeline.run.SHARD_VIDEOS = 2
     try:
-        failed = STAGES[stage](videos, collection, FakeEncoder(seconds_per_batch=seconds_per_batch))
+        with mock.patch("pipeline.run.SHARD_VIDEOS", 2):
+            failed = STAGES[stage](videos, collection, FakeEncoder(seconds_per_batch=seconds_per_batch))
     except FinecoError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -69,7 +69,7 @@ SLOW: dict[str, tuple[str, str, float]] = {
     "embed": ("fakes", "FakeEncoder.encode_frames", 0.2),
     "select": ("pipeline.run", "Selecting.select", 0.2),
     "index": ("pipeline.indexing", "build_index", 5.0),
-    "verify": ("pipeline.inspect", "check_file", 0.4),
+    "verify": ("pipeline.verify", "check_file", 0.4),
     "train": ("pipeline.training.display", "Display.step", 0.05),
 }
 """What takes long -> (module, function, seconds more for each call, or for each item that it gives)."""

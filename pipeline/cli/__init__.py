@@ -52,6 +52,10 @@ def main() -> None:
             traceback.print_exc()
         if isinstance(error, OSError) and error.errno in REFUSED:
             complain(f"error: cannot write {error.filename or 'the results'}: {error.strerror}")
+            if error.filename:
+                complain(
+                    "  Free some space (TMPDIR chooses where temporary files go); the same command then continues."
+                )
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter tries once more at its end
             sys.exit(1)
         first_line = str(error).strip().partition("\n")[0]

@@ -55,7 +55,7 @@ GUARDS = [
     Guard(
         (2,),
         "pipeline/cli/__init__.py",
-        "if isinstance(error, OSError) and error.errno in DISK_REFUSES:",
+        "if isinstance(error, OSError) and error.errno in REFUSED:",
         "if False:",
         "test_a_full_disk_where_nobody_expects_it_is_no_fault_of_the_program",
     ),
@@ -221,12 +221,12 @@ def test_a_full_folder_for_temporary_files_is_said_to_be_full(folder: Path, tmp_
 def test_a_full_disk_where_nobody_expects_it_is_no_fault_of_the_program(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pipeline.inspect
+    import pipeline.verify
 
-    def refuse(folder: Path) -> None:
+    def refuse(folder: Path, say: object) -> None:
         raise OSError(28, "No space left on device", str(folder / "x"))
 
-    monkeypatch.setattr(pipeline.inspect, "verify_collection", refuse)
+    monkeypatch.setattr(pipeline.verify, "verify_collection", refuse)
     done = fineco("verify", "-c", folder / "after-run")
     assert done.code == 1
     assert done.err.startswith(

@@ -50,7 +50,7 @@ GUARDS = [
     Guard(
         (1, 6),
         "indexes/generations.py",
-        'write_bytes(index_folder / CURRENT, f"{final.name}\\n".encode())',
+        "write_pointer(index_folder / CURRENT, final.name)",
         '(index_folder / CURRENT).write_text(f"{final.name}\\n")',
         "test_killed_at_any_step_of_what_it_writes_it_ends_as_an_unbroken_one[index]",
     ),
