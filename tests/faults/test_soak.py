@@ -22,7 +22,7 @@ from videos import encode_video, video
 
 N_WORKERS = 2
 # How many videos, how many a process decodes before a new one takes its place, how far memory may grow (MiB).
-SMALL = (90, 20, 30)
+SMALL = (60, 20, 30)
 LARGE = pytest.param((10_000, 500, 30), marks=pytest.mark.long)
 
 pytestmark = pytest.mark.fault

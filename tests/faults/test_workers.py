@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from guards import Guard
+from pipeline.cli.options import Context, limit_options, machine_from
 from pipeline.collection import Collection
 from pipeline.decode import DecodedFrame, DecodePool, VideoFailed
 from pipeline.errors import FinecoError
@@ -160,11 +162,11 @@ def test_processor_time_is_limited_between_packets_and_inside_one(
 
 
 def test_every_video_has_its_processor_time_for_itself(bad_decoders: None, tmp_path: Path) -> None:
-    """One process, and a second's limit: what three videos take together is over it."""
+    """One process, and less than what the videos take together."""
     videos = wishing(tmp_path, "slow") + [
         video(encode_video(tmp_path / f"{i}.mp4", n_frames=10, size=(64 + 2 * i, 48))) for i in range(2)
     ]
-    with DecodePool(1, ONCE_A_SECOND, GEOMETRY, DecodeLimits(cpu_seconds=1.0)) as pool:
+    with DecodePool(1, ONCE_A_SECOND, GEOMETRY, DecodeLimits(cpu_seconds=0.4)) as pool:
         process = pool._workers[0].process
         stories = decode_all(pool, [videos[0], *videos[1:], video(videos[0].path, "again")])
         assert pool._workers[0].process is process  # it looked at the clock itself: nobody had to kill it
@@ -239,6 +241,14 @@ def test_a_run_among_bad_decoders_ends_with_every_outcome(
     assert len(Collection(collection).state().paths) == 2
     checked(collection)
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_defaults_of_the_options_are_those_of_the_limits() -> None:
+    command = click.command()(limit_options(lambda **given: None))
+    defaults: dict[str, Any] = {str(option.name): option.default for option in command.params}
+    assert machine_from(Context(), **defaults).limits == DecodeLimits()
+    given = machine_from(Context(), **{**defaults, "max_cpu": 7.0, "max_memory": 0.5, "timeout": 3.0}).limits
+    assert given == DecodeLimits(cpu_seconds=7.0, memory_bytes=512 << 20, stall_seconds=3.0)
 
 
 # ---- nothing is left running, whatever ends a pool
