@@ -174,7 +174,7 @@ MISTAKES: dict[str, tuple[Sequence[object], str]] = {
     "another model": (["run", "{video}", "-c", "{kitchen}", "--model", "open_clip:RN50"], "made with builtin"),
     "another selection": (["run", "{video}", "-c", "{kitchen}", "--keep", 3], "fineco select"),
     "nothing to search for": (["search", "-c", "{kitchen}"], "Say what to search for"),
-    "an empty query": (["search", " ", "-c", "{kitchen}"], "A query is empty"),
+    "an empty query": (["search", " ", "-c", "{kitchen}"], "query 1 is empty"),
     "query file not there": (["search", "-f", "{new}", "-c", "{kitchen}"], "No such file"),
     "query file empty": (["search", "-f", "{blank}", "-c", "{kitchen}"], "no query in it"),
     "query file not text": (["search", "-f", "{file}", "-c", "{kitchen}"], "not UTF-8 text"),
