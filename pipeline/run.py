@@ -19,7 +19,7 @@ from itertools import chain
 
 import numpy as np
 
-from models.base import Encoder, VideoEncoder
+from models.base import Encoder, VideoEncoder, caution_about
 from pipeline import store
 from pipeline.catalog import check_unchanged
 from pipeline.collection import Snapshot, Writer
@@ -211,6 +211,7 @@ class Selecting:
         self.plan = plan
         self._encoder = encoder
         self._topic_vectors = None
+        self.n_unread = 0  # texts that the encoder reads only a part of, or knows no word of
         if plan.selector == "topics" and encoder is not None:
             self._topic_vectors = encode_texts(encoder, list(plan.topics))
         self._predict: Callable[[Float32], Float32] | None = None
@@ -234,6 +235,7 @@ class Selecting:
             selection = select_frames(features, "topics", plan.keep, topics, self._topic_vectors)
         elif plan.selector == "caption" and texts and self._encoder is not None:
             vectors = encode_captions(self._encoder, [t.text for t in texts])
+            self.n_unread += sum(bool(caution_about(self._encoder, t.text)) for t in texts)
             selection = select_frames(features, "caption", plan.keep, texts, vectors)
         elif self._predict is not None:
             selection = select_frames(features, "scorer", plan.keep, predicted=self._predict(features.features))
@@ -285,6 +287,9 @@ def run_videos(
         share = embedder.waited_seconds / summary.elapsed_seconds
         bound = "decoding: more processors or --workers help" if share > 0.5 else "the encoder"
         summary.notes.append(f"the encoder waited {share:.0%} of the time for frames; the run was bound by {bound}")
+    if selecting is not None and selecting.n_unread:
+        cut = number_of(selecting.n_unread, "text")
+        summary.notes.append(f"not wholly read by the encoder (too long, or no word it knows): {cut} beside the videos")
     if embedder.halved_to:
         summary.notes.append(f"the device ran out of memory; batches of {embedder.halved_to} frames fit")
     return summary

@@ -134,7 +134,7 @@ def evaluate_scores(
     """
     pairs = pair_up(annotations)
     try:
-        if not path.is_file():
+        if path.exists() and not path.is_file():
             raise ValueError("a pipe or a device")
         scores = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:

@@ -36,7 +36,7 @@ GUARDS = [
         faults=(19,),
         file="pipeline/embed.py",
         old="            if self._capacity == 1:",
-        new="            if self._capacity == -1:",
+        new="            if self._capacity == 1:\n                raise MemoryError\n            if True:",
         test="test_a_frame_that_never_fits_fails_its_video_and_the_run_goes_on",
     ),
     Guard(
@@ -190,7 +190,9 @@ def test_a_frame_without_a_vector_fails_its_video_only(value: str, videos: Path,
 
 
 @pytest.mark.parametrize(
-    ("value", "code"), [(np.nan, "non_finite"), (np.inf, "non_finite"), (0.0, "non_finite"), (None, "memory")]
+    ("value", "code"),
+    [(np.nan, "non_finite"), (np.inf, "non_finite"), (0.0, "non_finite"), (None, "memory")],
+    ids=["nan", "inf", "zero", "memory"],
 )
 def test_a_caption_that_cannot_be_encoded_fails_its_video_only(
     value: float | None, code: str, videos: Path, tmp_path: Path
