@@ -336,7 +336,7 @@ def test_a_real_terminal_that_is_closed_leaves_a_whole_collection(folder: Path, 
         arguments = ["run", str(folder / "videos"), "-c", str(collection), "--model", "builtin", "--fps", "30"]
         os.execv(sys.executable, [sys.executable, "-m", "pipeline.cli", *arguments])
     os.close(end)
-    wait_until((collection / ".lock").exists, 60)
+    wait_until((collection / "collection.json").exists, 60)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
     assert verify_collection(collection)["problems"] == []
