@@ -225,22 +225,20 @@ def test_a_reader_just_stops(folder: Path, tmp_path: Path, number: signal.Signal
 # -------------------------------------------------------------------------------------------------- the real command
 
 
-def command(*arguments: object, ignore_hangup: bool = False, **more: object) -> subprocess.Popen[str]:
+def command(*arguments: object) -> subprocess.Popen[str]:
     """`fineco ARGUMENTS` in a session of its own, with signals as a shell leaves them."""
 
     def as_a_shell_does() -> None:
         os.setsid()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if ignore_hangup:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
-    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         preexec_fn=as_a_shell_does,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        **streams,
     )
 
 
@@ -308,11 +306,13 @@ def hit(seconds: float, videos: Path, collection: Path) -> None:
 
 
 def test_nohup_is_obeyed(folder: Path, tmp_path: Path) -> None:
-    process = command("verify", "-c", folder / "after-run", ignore_hangup=True)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGHUP)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+    collection, reached = tmp_path / "c", tmp_path / "reached"
+    shutil.copytree(folder / "before-select", collection)
+    prepare = ("sabotage", "slow_under_nohup", ["select", str(reached)])
+    job = server().start("select", folder / "videos", collection, prepare=prepare)
+    wait_until(reached.exists)
+    job.send(signal.SIGHUP)
+    assert job.wait() == 0
 
 
 def test_a_terminal_that_is_closed_ends_it_as_sigterm_does(folder: Path, tmp_path: Path) -> None:
@@ -321,6 +321,7 @@ def test_a_terminal_that_is_closed_ends_it_as_sigterm_does(folder: Path, tmp_pat
         stopped.job.send(signal.SIGHUP, to_group=True)
         time.sleep(0.05)
     assert stopped.job.ended_within(SOONEST)
+    assert "stopped; what was finished is kept" in stopped.job.errors
     stopped.check(signal.SIGHUP)
 
 
