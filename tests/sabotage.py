@@ -85,6 +85,12 @@ def slow(what: str, reached: str) -> None:
     setattr(owner, name, _slower(getattr(owner, name), seconds, reached))
 
 
+def slow_under_nohup(what: str, reached: str) -> None:
+    """As `slow`, in a process that is to outlive its terminal."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    slow(what, reached)
+
+
 def _slower(call: Callable[..., Any], seconds: float, reached: str) -> Callable[..., Any]:
     def pause() -> None:
         with contextlib.suppress(FileExistsError):

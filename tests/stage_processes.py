@@ -75,6 +75,7 @@ class Server:
         while True:
             answer = self._read(60)
             if "started" in answer:
+                self._codes.pop(answer["started"], None)  # of an earlier process with this number
                 return Job(self, answer["started"], errors)
 
     def code_of(self, pid: int, seconds: float) -> int | None:

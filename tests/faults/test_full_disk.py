@@ -27,9 +27,9 @@ GUARDS = [
     Guard(
         (2,),
         "pipeline/files.py",
-        "    except BaseException:\n        _discard(temporary)\n        raise\n",
-        "",
-        "test_a_limit_to_the_length_of_files_ends_a_stage_with_one_line[index]",
+        "    except OSError as error:\n        _discard(temporary)\n",
+        "    except OSError as error:\n",
+        "test_a_limit_to_the_length_of_files_ends_a_stage_with_one_line[run]",
     ),
     Guard(
         (2,),

@@ -225,22 +225,20 @@ def test_a_reader_just_stops(folder: Path, tmp_path: Path, number: signal.Signal
 # -------------------------------------------------------------------------------------------------- the real command
 
 
-def command(*arguments: object, ignore_hangup: bool = False, **more: object) -> subprocess.Popen[str]:
+def command(*arguments: object) -> subprocess.Popen[str]:
     """`fineco ARGUMENTS` in a session of its own, with signals as a shell leaves them."""
 
     def as_a_shell_does() -> None:
         os.setsid()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if ignore_hangup:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
-    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         preexec_fn=as_a_shell_does,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        **streams,
     )
 
 
@@ -264,7 +262,7 @@ def stop(process: subprocess.Popen[str], number: int) -> str:
     process.send_signal(number)
     out, errors = process.communicate(timeout=60)
     assert "Traceback" not in out + errors and "Exception ignored" not in errors, errors
-    return errors
+    return out + errors
 
 
 def test_ctrl_c_while_the_command_is_still_being_loaded_shows_no_traceback(folder: Path) -> None:
@@ -273,7 +271,7 @@ def test_ctrl_c_while_the_command_is_still_being_loaded_shows_no_traceback(folde
     deadline = time.monotonic() + 30
     while not has() and time.monotonic() < deadline:
         pass  # without a pause: this takes a few hundredths of a second
-    stop(process, signal.SIGINT)
+    assert stop(process, signal.SIGINT) == ""  # and has not come to an answer
     assert process.returncode == -signal.SIGINT  # a shell shows 130
 
 
@@ -308,11 +306,13 @@ def hit(seconds: float, videos: Path, collection: Path) -> None:
 
 
 def test_nohup_is_obeyed(folder: Path, tmp_path: Path) -> None:
-    process = command("verify", "-c", folder / "after-run", ignore_hangup=True)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGHUP)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+    collection, reached = tmp_path / "c", tmp_path / "reached"
+    shutil.copytree(folder / "before-select", collection)
+    prepare = ("sabotage", "slow_under_nohup", ["select", str(reached)])
+    job = server().start("select", folder / "videos", collection, prepare=prepare)
+    wait_until(reached.exists)
+    job.send(signal.SIGHUP)
+    assert job.wait() == 0
 
 
 def test_a_terminal_that_is_closed_ends_it_as_sigterm_does(folder: Path, tmp_path: Path) -> None:
@@ -321,6 +321,7 @@ def test_a_terminal_that_is_closed_ends_it_as_sigterm_does(folder: Path, tmp_pat
         stopped.job.send(signal.SIGHUP, to_group=True)
         time.sleep(0.05)
     assert stopped.job.ended_within(SOONEST)
+    assert "stopped; what was finished is kept" in stopped.job.errors
     stopped.check(signal.SIGHUP)
 
 
@@ -336,7 +337,7 @@ def test_a_real_terminal_that_is_closed_leaves_a_whole_collection(folder: Path, 
         arguments = ["run", str(folder / "videos"), "-c", str(collection), "--model", "builtin", "--fps", "30"]
         os.execv(sys.executable, [sys.executable, "-m", "pipeline.cli", *arguments])
     os.close(end)
-    wait_until((collection / ".lock").exists, 60)
+    wait_until((collection / "collection.json").exists, 60)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
     assert verify_collection(collection)["problems"] == []

@@ -59,7 +59,11 @@ GUARDS = [
         "test_a_file_that_was_replaced_before_it_was_locked_is_not_the_lock",
     ),
     Guard(
-        (16,), "pipeline/lock.py", " | os.O_NOFOLLOW", "", "test_a_lock_that_is_no_plain_file_is_refused_and_left_alone"
+        (16,),
+        "pipeline/lock.py",
+        "        if not stat.S_ISREG(os.fstat(self._descriptors[0]).st_mode):\n            raise self._strange()\n",
+        "",
+        "test_a_lock_that_is_no_plain_file_is_refused_and_left_alone[make_pipe]",
     ),
     Guard(
         (16,),
