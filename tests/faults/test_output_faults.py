@@ -29,7 +29,7 @@ GUARDS = [
     Guard(
         faults=(25,),
         file="pipeline/cli/__init__.py",
-        old="error.errno in STDOUT_ERRORS",
+        old="error.errno in REFUSED",
         new="False",
         test="test_a_full_disk_behind_standard_output_is_one_line[help]",
     ),
@@ -57,8 +57,8 @@ GUARDS = [
     Guard(
         faults=(25,),
         file="pipeline/lock.py",
-        old='raise FinecoError(f"cannot write to',
-        new='raise RuntimeError(f"cannot write to',
+        old='raise FinecoError(\n                f"cannot write to',
+        new='raise RuntimeError(\n                f"cannot write to',
         test="test_a_read_only_collection_is_one_line_for_another_user[index]",
     ),
 ]
