@@ -56,7 +56,14 @@ GUARDS = [
     ),
 ]
 SEED = 20261124
-SAMPLED_STEPS = {"embed-frames": 1, "select": 3, "index": 3, "run": 1}  # in the default suite
+SAMPLED_STEPS = {
+    "embed-frames": 1,
+    "select": 2,
+    "index": 2,
+    "run": 1,
+    "compact": 3,
+    "repair": 2,
+}  # in the default suite
 KILLS = 125
 TRAINING_KILLS = 24
 QUERIES = ["a red block on a hill", "two blue birds"]
@@ -122,10 +129,23 @@ def make_material(folder: Path, make: Callable[[Path], None]) -> Material:
         ("select", videos),
     )
     unbroken("index")
+    before("compact", material.after("index"))
+    unbroken("compact")
+    before("repair", material.after("run"))
+    damage(folder / "before-repair")
+    unbroken("repair")
     return material
 
 
-STAGES = ("decode", "embed-frames", "embed-videos", "select", "index", "run")
+def damage(collection: Path) -> None:
+    """A byte of a file of features, and one of a line of a commit."""
+    for path in (next((collection / "features").iterdir()), collection / "outcomes" / "000002.jsonl"):
+        data = bytearray(path.read_bytes())
+        data[-200] ^= 4
+        path.write_bytes(data)
+
+
+STAGES = ("decode", "embed-frames", "embed-videos", "select", "index", "run", "compact", "repair")
 
 
 def expected_code(stage: str) -> int:
