@@ -86,7 +86,7 @@ GUARDS = [
         file="pipeline/manifest.py",
         old="    if not os.path.isfile(path):",
         new="    if False:",
-        test="test_a_manifest_from_anywhere_is_refused_at_once[pipe-is not a file]",
+        test="test_a_manifest_from_anywhere_is_refused_at_once[device-is not a file]",
     ),
     Guard(
         faults=(14, 24),
