@@ -58,7 +58,7 @@ GUARDS = [
         file="pipeline/sources.py",
         old="if (status.st_dev, status.st_ino) in census.visited:",
         new="if False:",
-        test="test_a_folder_of_traps_ends_and_names_each",
+        test="test_links_in_a_circle_are_walked_once",
     ),
     Guard(
         faults=(14,),
@@ -209,6 +209,12 @@ def test_a_path_that_leaves_its_folder_is_read_and_nothing_is_written_there(tmp_
         if bad:
             with pytest.raises(UsageError, match="is not text of 1 to 128"):
                 find_videos([], tmp_path / "lists" / "m.jsonl")
+
+
+def test_links_in_a_circle_are_walked_once(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert [Path(found.path).name for found in find_videos([tmp_path])] == ["a.mp4"]
 
 
 def test_a_folder_of_traps_ends_and_names_each(tmp_path: Path) -> None:
