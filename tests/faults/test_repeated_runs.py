@@ -175,6 +175,7 @@ def test_another_setting_exits_2_with_its_name_and_both_values(
     assert done.code == 2 and len(done.err.splitlines()) == 2
     first = done.err.splitlines()[0]
     assert first.startswith(f"error: {field}: ") and before in first and now in first
+    assert "{" not in first  # in words, not as the file has it
     stands = commits(tmp_path / "c"), (tmp_path / "c" / "collection.json").read_bytes(), checked(tmp_path / "c")
     assert stands == stood
     done = fineco("run", videos, "-c", tmp_path / "c", "--workers", 1)  # without it, it goes on
