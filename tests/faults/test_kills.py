@@ -18,6 +18,7 @@ from fake_run import FAILED, call
 from fakes import FakeEncoder
 from guards import Guard
 from pipeline import commands
+from pipeline.collection import Collection
 from pipeline.inspect import verify_collection
 from pipeline.types import Hit
 from small_runs import make_clip, make_videos
@@ -343,3 +344,28 @@ def test_a_training_killed_at_steps_of_every_kind_ends_with_the_same_weights(tmp
         assert list(output.rglob("*.tmp")) == [], step
         shutil.rmtree(output)
     print(f"train: {TRAINING_KILLS} kills at {len(kinds)} kinds of {len(steps)} steps")
+
+
+# --------------------------------------------------------------------------------------------------- the next command
+
+
+def test_a_grown_folder_does_only_the_new_and_a_moved_video_is_not_new(small: Material, tmp_path: Path) -> None:
+    videos, collection = tmp_path / "videos", tmp_path / "c"
+    videos.mkdir()
+    for name in ("clip0.mp4", "clip1.mp4", "clip1.txt"):
+        shutil.copy(small.videos / name, videos)
+    assert call("run", videos, collection) == 0
+    before = Collection(collection).commit_numbers()
+    (videos / "clip0.mp4").rename(videos / "renamed.mp4")
+    shutil.copy(small.videos / "clip2.mp4", videos / "new.mp4")
+    assert call("run", videos, collection) == 0
+    state = Collection(collection).state()
+    fresh = [c for c in Collection(collection).commits() if c.number not in before and "features/" in " ".join(c.files)]
+    assert [row.outcome.path for c in fresh for row in c.rows] == [str(videos / "new.mp4")]
+    assert sorted(state.paths.values()) == [str(videos / n) for n in ("clip1.mp4", "new.mp4", "renamed.mp4")]
+    (videos / "clip1.mp4").unlink()
+    assert call("run", videos, collection) == 0
+    assert verify_collection(collection)["indexed"] == 2
+    shutil.copy(small.videos / "clip1.mp4", videos)
+    assert call("run", videos, collection) == 0
+    assert verify_collection(collection)["indexed"] == 3
