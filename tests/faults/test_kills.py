@@ -333,7 +333,9 @@ def test_a_training_killed_at_steps_of_every_kind_ends_with_the_same_weights(tmp
     for number, step in enumerate(steps, 1):
         kinds[re.sub(r"\d+", "N", step)].append(number)
     rng = random.Random(SEED)
-    for step in rng.sample(sorted(kinds), TRAINING_KILLS):
+    halves = sorted((kind for kind in kinds if kind.startswith("half of")), key=lambda kind: "state.pt" not in kind)
+    others = sorted(kinds.keys() - halves)
+    for step in halves + rng.sample(others, TRAINING_KILLS - len(halves)):
         number = rng.choice(kinds[step])
         output = tmp_path / "out"
         job = train(output, "sabotage", "kill_at_step", [str(output), number])
