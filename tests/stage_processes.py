@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import itertools
 import json
@@ -122,7 +123,9 @@ class Job:
         return self._server.code_of(self.pid, seconds) is not None
 
     def send(self, number: int, to_group: bool = False) -> None:
-        (os.killpg if to_group else os.kill)(self.pid, number)
+        """Sends a signal; that it has just ended shows in its exit code."""
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if to_group else os.kill)(self.pid, number)
 
     @property
     def errors(self) -> str:
