@@ -50,9 +50,10 @@ class Use:
     resident_mib: float
 
     @staticmethod
-    def now() -> Use:
+    def now(others: set[int]) -> Use:
+        """Of now; `others` are processes that some other test started."""
         links = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
-        workers = children()
+        workers = children() - others
         return Use(
             descriptors=len(links),
             nameless_files=sum("(deleted)" in link for link in links),
@@ -71,6 +72,7 @@ class Watch:
         self.uses: list[Use] = []
         self.n_done = 0
         self.workers: set[int] = set()
+        self.others = children()
 
     def __call__(self, pool: DecodePool, videos: Iterable[Video], stop: threading.Event) -> Iterator[DecodeEvent]:
         for event in self.decode(pool, videos, stop):
@@ -80,7 +82,7 @@ class Watch:
                 self.n_done += 1
                 self.workers.update(worker.process.pid for worker in pool._workers)
                 if self.n_done in (self.n // 5, self.n - N_WORKERS):  # while all are at work
-                    self.uses.append(Use.now())
+                    self.uses.append(Use.now(self.others))
 
     decode = staticmethod(DecodePool.decode)
 

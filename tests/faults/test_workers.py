@@ -64,6 +64,8 @@ if "pipeline.decoding.worker" in sys.orig_argv:
             eaten = []
             while True:
                 eaten.append(bytearray(64 << 20))
+        elif wish == "raise":
+            raise ZeroDivisionError("a fault of a library")
         elif wish == "spin":
             while True:
                 pass
@@ -134,12 +136,13 @@ def failures(limits: DecodeLimits, videos: list[Video], good: list[Video]) -> di
 
 
 def test_decoders_that_hang_or_die_fail_alone(bad_decoders: None, good: list[Video], tmp_path: Path) -> None:
-    found = failures(SOON, wishing(tmp_path, "hang", "abort", "kill", "eat"), good)
+    found = failures(SOON, wishing(tmp_path, "hang", "abort", "kill", "eat", "raise"), good)
     assert found == {
         "hang": [("timeout", True), ("timeout", False)],
         "abort": [("crash", True), ("crash", False)],
         "kill": [("crash", True), ("crash", False)],  # as the system does when memory is short
         "eat": [("memory", False)],
+        "raise": [("decode_error", False)],
     }
 
 

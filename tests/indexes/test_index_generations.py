@@ -359,6 +359,7 @@ with generations.new_generation(folder) as generation:
 """
 
 
+@pytest.mark.long
 @pytest.mark.fault
 @pytest.mark.parametrize(
     "moment", ["in the index file", "before the sidecar", "before the rename", "before CURRENT", "never"]

@@ -242,6 +242,7 @@ def run_until_killed(body: str, folder: Path, die_at: int) -> int:
     return subprocess.run([sys.executable, "-c", code, str(folder), str(die_at)], cwd=ROOT, timeout=60).returncode
 
 
+@pytest.mark.long
 @pytest.mark.fault
 def test_a_kill_at_any_step_of_a_commit_leaves_all_of_it_or_nothing(collection: Collection) -> None:
     add(collection, row(1))

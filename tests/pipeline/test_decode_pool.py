@@ -144,7 +144,7 @@ def test_a_killed_worker_costs_only_its_own_video_a_retry(
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("hangs", [1, 2])
+@pytest.mark.parametrize("hangs", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_hanging_worker_is_killed_and_its_video_tried_again(
     hangs: int, clips: list[Video], four_slots: None, stop: threading.Event
 ) -> None:

@@ -225,20 +225,19 @@ def test_a_shard_of_other_videos_is_an_error_and_no_wrong_answer(rescoring: bool
         ask(collection, ["snow"], rescoring=rescoring)
 
 
-def test_every_flipped_byte_of_a_shard_is_an_error_or_changes_no_answer_but_its_own(collection: Path) -> None:
-    """A search does not digest the shards; what it cannot see is a small error in one video's own numbers."""
+def test_every_flipped_byte_of_a_shard_is_an_error_or_changes_no_answer(collection: Path) -> None:
+    """A search does not digest the shards, but the rows that it reads."""
     shard = sorted((collection / "embeddings" / "caption-0.5").glob("*.h5"))[0]
     data = shard.read_bytes()
-    expected = {hit.video_id: hit for hit in ask(collection, ["snow"])[0]}
-    for at in range(0, len(data), max(1, len(data) // 150)):
+    expected = ask(collection, ["snow"])
+    for at in range(0, len(data), max(1, len(data) // 60)):
         flipped = bytearray(data)
         flipped[at] ^= 0xFF
         shard.unlink()
         shard.write_bytes(flipped)
         try:
-            hits = ask(collection, ["snow"])[0]
+            assert ask(collection, ["snow"]) == expected
         except FinecoError:
             continue
-        assert sum(hit.score != expected[hit.video_id].score for hit in hits) <= 1
     shard.write_bytes(data)
     checked(collection)
