@@ -35,6 +35,7 @@ SCHEMA_VERSION = 2
 ID_BYTES = 128  # a manifest's longest id
 CONTENT_BYTES = 32
 ROW_DIGEST_BYTES = 16
+KIND_DTYPE = "S16"  # of a shard's attribute
 
 Array = NDArray[Any]
 Made = TypeVar("Made")
@@ -103,8 +104,8 @@ def write_shard(path: Path, kind: str, schema: Schema, arrays: Mapping[str, Arra
     if "row_digests" in schema:
         columns["row_digests"] = _row_digests(kind, columns)
     with h5py.File(path.name, "w", driver="core", backing_store=False, libver="v110", track_order=True) as file:
-        file.attrs["kind"] = kind
-        file.attrs["schema"] = SCHEMA_VERSION
+        file.attrs.create("kind", kind.encode(), dtype=KIND_DTYPE)
+        file.attrs.create("schema", SCHEMA_VERSION, dtype="<i8")
         for name in schema:
             file.create_dataset(name, data=columns[name], track_times=False)
         file.flush()
@@ -261,7 +262,10 @@ class Shard:
 
     def _check(self) -> dict[str, Any]:
         """The datasets by name, after everything about them that could be a lie or a trap was looked at."""
-        if self._file.attrs.get("kind") != self.kind or self._file.attrs.get("schema") != SCHEMA_VERSION:
+        if (self._attribute("kind", KIND_DTYPE), self._attribute("schema", "<i8")) != (
+            self.kind.encode(),
+            SCHEMA_VERSION,
+        ):
             raise ValueError(f"not a {self.kind} shard of schema {SCHEMA_VERSION}")
         size = self.path.stat().st_size
         datasets = {}
@@ -277,6 +281,14 @@ class Shard:
                 raise ValueError(f"{name} claims {dataset.shape}, more than the file holds")
             datasets[name] = dataset
         return datasets
+
+    def _attribute(self, name: str, dtype: str) -> object:
+        """An attribute's value. Its type is looked at before it is read: texts of any length lie in a heap, and one
+        flipped bit in that made libhdf5 2.0 read it for ever."""
+        attribute = h5py.h5a.open(self._file.id, name.encode())
+        if attribute.dtype != np.dtype(dtype) or attribute.shape != ():
+            raise ValueError(f"its attribute {name} is {attribute.dtype}")
+        return self._file.attrs[name]
 
     def _read_videos(self) -> None:
         """Reads what is small, and checks that lengths and offsets fit each other."""
