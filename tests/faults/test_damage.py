@@ -35,7 +35,7 @@ GUARDS = [
         "pipeline/store.py",
         "if _digest_of(self.kind, pieces) != self.row_digest(row):",
         "if False:",
-        "test_no_flipped_byte_changes_an_answer",
+        "test_a_changed_row_is_refused_by_a_search",
     ),
     Guard(
         (3,),
@@ -144,6 +144,16 @@ def test_no_flipped_byte_of_many_changes_an_answer(seed: int, built: Path, copy:
     check_flips(built, copy, 60, seed)
 
 
+def test_a_changed_row_is_refused_by_a_search(copy: Path) -> None:
+    """It does not digest the whole file, which may be one of a thousand, but the rows that it reads."""
+    place = next(iter(Collection(copy).state().places["embeddings/caption-0.5"].values()))
+    path = copy / "embeddings" / "caption-0.5" / f"{place.commit:06d}.h5"
+    with h5py.File(path, "r+") as file:
+        file["features"][0, 0] += np.float16(0.01)
+    with pytest.raises(IntegrityError, match="its rows changed since they were written"):
+        search(copy)
+
+
 def test_a_pointer_that_names_another_is_refused(copy: Path) -> None:
     """One bit makes `uniform-3` another selection, and 000001 another generation."""
     for name, wrong in (("embeddings/CURRENT", "uniform-3"), ("index/CURRENT", "000001")):
@@ -174,11 +184,14 @@ def virtual(file: Any, name: str, canary: Path) -> None:
 
 
 # All the ways are in tests/pipeline/test_store.py; these are the ones that reach out of the file, through the commands.
-HOSTILE: dict[str, Callable[[Any, str, Path], Any]] = {
-    "external storage": lambda f, name, canary: f.create_dataset(name, (8,), "<f4", external=[(str(canary), 0, 32)]),
-    "external link": external_link,
-    "virtual": virtual,
-    "giant": lambda f, name, canary: f.create_dataset(name, (10**14,), "<f4"),
+HOSTILE: dict[str, tuple[str, Callable[[Any, str, Path], Any]]] = {
+    "external storage": (
+        "scores is not a plain dataset",
+        lambda f, name, canary: f.create_dataset(name, (8,), "<f4", external=[(str(canary), 0, 32)]),
+    ),
+    "external link": ("scores is missing or a link to elsewhere", external_link),
+    "virtual": ("scores is not a plain dataset", virtual),
+    "giant": ("more than the file holds", lambda f, name, canary: f.create_dataset(name, (10**14,), "<f4")),
 }
 
 
@@ -192,7 +205,8 @@ def sign(collection: Path, name: str) -> None:
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_shard_is_refused_by_every_command(kind: str, copy: Path, tmp_path: Path) -> None:
-    """In a process of its own, for its memory; the canary stands for any file of the user's."""
+    """For what it is, before anything of it is read; the canary stands for any file of the user's. In a process of its
+    own, for its memory."""
     canary = tmp_path / "canary"
     canary.write_bytes(CANARY)
     state = Collection(copy).state()
@@ -200,7 +214,8 @@ def test_a_hostile_shard_is_refused_by_every_command(kind: str, copy: Path, tmp_
     name = f"embeddings/caption-0.5/{number:06d}.h5"
     with h5py.File(copy / name, "r+") as file:
         del file["scores"]
-        HOSTILE[kind](file, "scores", canary)
+        why, make = HOSTILE[kind]
+        make(file, "scores", canary)
     sign(copy, name)
     code = """
         import sys
@@ -233,7 +248,7 @@ def test_a_hostile_shard_is_refused_by_every_command(kind: str, copy: Path, tmp_
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("refused IntegrityError") == 2, done.stdout
-    assert done.stdout.count(name) >= 3  # by both, and by verify
+    assert done.stdout.count(name) >= 3 and done.stdout.count(why) >= 3  # by both, and by verify
     assert "CANARY" not in done.stdout + done.stderr
     assert int(done.stdout.split()[-1]) < 300
 

@@ -112,7 +112,9 @@ def test_the_command_alone_shows_its_help() -> None:
 def test_help_loads_nothing_heavy_and_is_quick() -> None:
     runs = [loaded_by("--help"), loaded_by("run", "--help"), loaded_by("search", "--help")]
     assert [modules for modules, _ in runs] == [[]] * 3
-    assert min(seconds for _, seconds in runs) < HELP_SECONDS
+    code = "import sys, time, click; print(time.process_time(), file=sys.stderr)"
+    click_alone = min(float(process(code=code).stderr.decode().splitlines()[-1]) for _ in runs)
+    assert min(seconds for _, seconds in runs) < max(HELP_SECONDS, 2 * click_alone)  # a busy machine is slow with both
 
 
 def test_version_is_said_installed_or_not() -> None:
