@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -20,7 +23,7 @@ import pytest
 from fakes import FakeEncoder
 from guards import Guard
 from indexes.generations import current_generation, read_sidecar, write_sidecar
-from pipeline import commands
+from pipeline import commands, store
 from pipeline.collection import Collection
 from pipeline.commits import place_of
 from pipeline.errors import FinecoError, IntegrityError, UsageError
@@ -64,6 +67,13 @@ GUARDS = [
         "if dataset.size * dataset.dtype.itemsize > size:",
         "if False:",
         "test_a_hostile_shard_is_refused_by_every_command[giant]",
+    ),
+    Guard(
+        (4,),
+        "pipeline/store.py",
+        "if attribute.dtype != np.dtype(dtype) or attribute.shape != ():",
+        "if False:",
+        "test_texts_of_any_length_are_refused_before_they_are_read",
     ),
     Guard(
         (5,),
@@ -221,7 +231,7 @@ def test_a_hostile_shard_is_refused_by_every_command(kind: str, copy: Path, tmp_
         import sys
         from pathlib import Path
         from fakes import FakeEncoder
-        from pipeline import commands
+        from pipeline import commands, store
         from pipeline.errors import FinecoError
         from pipeline.verify import verify_collection
         from small_runs import machine
@@ -251,6 +261,40 @@ def test_a_hostile_shard_is_refused_by_every_command(kind: str, copy: Path, tmp_
     assert done.stdout.count(name) >= 3 and done.stdout.count(why) >= 3  # by both, and by verify
     assert "CANARY" not in done.stdout + done.stderr
     assert int(done.stdout.split()[-1]) < 300
+
+
+def test_texts_of_any_length_are_refused_before_they_are_read(copy: Path) -> None:
+    """One flipped bit in the heap where they lie made libhdf5 read it for ever, in the middle of a search."""
+    name = next(n for n in files_in_use(copy) if n.startswith("embeddings/caption-0.5/0"))
+    with h5py.File(copy / name, "r+") as file:
+        del file.attrs["kind"]
+        file.attrs["kind"] = "embeddings"
+    sign(copy, name)
+    with pytest.raises(IntegrityError, match="its attribute kind is object"):
+        search(copy)
+
+
+def read_damaged(path: Path, positions: list[int]) -> None:
+    """Reads a shard whole with each of its bytes at `positions` flipped, one at a time; a hang ends the process."""
+    whole = path.read_bytes()
+    for at in positions:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        signal.alarm(10)
+        with contextlib.suppress(IntegrityError), store.EmbeddingsShard(path) as shard:
+            for row in range(len(shard)):
+                shard.embedding(row)
+    signal.alarm(0)
+
+
+@pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.long)])
+def test_no_flipped_byte_makes_hdf5_hang_or_die(step: int, copy: Path) -> None:
+    path = copy / next(n for n in files_in_use(copy) if n.startswith("embeddings/caption-0.5/0"))
+    child = multiprocessing.get_context("fork").Process(
+        target=read_damaged, args=(path, list(range(0, path.stat().st_size, step)))
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == 0
 
 
 # ------------------------------------------------------------------------------------------------------------- FAISS

@@ -36,7 +36,7 @@ GUARDS = [
         faults=(19,),
         file="pipeline/embed.py",
         old="            if self._capacity == 1:",
-        new="            if self._capacity == 1:\n                raise MemoryError\n            if True:",
+        new="            if self._capacity == 1:\n                raise MemoryError\n            if False:",
         test="test_a_frame_that_never_fits_fails_its_video_and_the_run_goes_on",
     ),
     Guard(

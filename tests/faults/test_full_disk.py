@@ -41,13 +41,6 @@ GUARDS = [
     Guard(
         (2,),
         "pipeline/training/checkpoints.py",
-        "            if isinstance(cause, OSError):",
-        "            if False:",
-        "test_a_training_on_a_full_disk_says_so_and_goes_on_later",
-    ),
-    Guard(
-        (2,),
-        "pipeline/training/checkpoints.py",
         "        except SafetensorError as error:",
         "        except KeyError as error:",
         "test_a_training_on_a_full_disk_says_so_and_goes_on_later",
