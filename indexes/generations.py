@@ -89,6 +89,9 @@ def new_generation(index_folder: Path) -> Iterator[Path]:
         os.replace(temporary, final)
         fsync_folder(index_folder)
         write_pointer(index_folder / CURRENT, final.name)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise FinecoError(f"cannot write to {index_folder}: {error.strerror or error}", "Free some space.") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

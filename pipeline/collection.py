@@ -30,6 +30,7 @@ from pipeline.files import (
     FileRecord,
     check_file,
     read_pointer,
+    read_regular,
     read_sealed,
     seal,
     write_bytes,
@@ -357,7 +358,7 @@ def write_config(folder: Path, config: dict[str, Any], encoder: dict[str, Any] |
 def _is_of_first_schema(path: Path) -> bool:
     """Whether a `collection.json` is of the first version, whose files had no digests of themselves."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and "sha256" not in content and content.get("schema") == 1

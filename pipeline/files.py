@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         OSError: It cannot be read.
         ValueError: It is not what was written.
     """
-    data = path.read_bytes()
+    data = read_regular(path)
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -147,6 +148,13 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if seal(content) != data:
         raise ValueError("its text changed since it was written (its SHA-256 differs)")
     return content
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a file. Raises OSError, or ValueError where it is a pipe or the like."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is not a regular file")  # a pipe would be waited for
+    return path.read_bytes()
 
 
 def write_pointer(path: Path, name: str) -> None:
@@ -161,7 +169,7 @@ def read_pointer(path: Path) -> str:
         OSError: It cannot be read.
         ValueError: It is not what was written.
     """
-    name, _, digest = path.read_bytes().partition(b"\n")
+    name, _, digest = read_regular(path).partition(b"\n")
     if digest != hashlib.sha256(name).hexdigest().encode() + b"\n":
         raise ValueError("its text changed since it was written (its SHA-256 differs)")
     return name.decode()

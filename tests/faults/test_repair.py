@@ -22,21 +22,20 @@ from pipeline.verify import examine, verify_collection
 from small_runs import files_in_use, machine, make_everything, make_videos, run
 
 GUARDS = [
-    Guard((3,), "pipeline/files.py", "if size != record.size_bytes:", "if False:", "test_any_damage_to_any_file[4]"),
     Guard(
         (3,),
         "pipeline/files.py",
         "if full and sha256_of(path) != record.sha256:",
         "if False:",
-        "test_any_damage_to_any_file[1]",
+        "test_every_damage_to_every_file[1]",
     ),
-    Guard((3,), "pipeline/files.py", "if seal(content) != data:", "if False:", "test_any_damage_to_any_file[2]"),
+    Guard((3,), "pipeline/files.py", "if seal(content) != data:", "if False:", "test_every_damage_to_every_file[1]"),
     Guard(
         (3,),
         "pipeline/commits.py",
         'if json.loads(digest) != {"sha256": hashlib.sha256(body).hexdigest()}:',
         "if False:",
-        "test_any_damage_to_any_file[1]",
+        "test_every_damage_to_every_file[1]",
     ),
     Guard(
         (3,),

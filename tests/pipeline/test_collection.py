@@ -97,6 +97,16 @@ def test_a_damaged_configuration_is_named(content: str, collection: Collection) 
         Collection(collection.folder)
 
 
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(collection: Collection) -> None:
+    for name in ("collection.json", "embeddings/CURRENT"):
+        (collection.folder / name).unlink(missing_ok=True)
+        os.mkfifo(collection.folder / name)
+        with pytest.raises(IntegrityError, match=name):
+            Collection(collection.folder).current_selection()
+        (collection.folder / name).unlink()
+        collection.update(collection.config, collection.encoder)
+
+
 def test_selections_are_kept_side_by_side(collection: Collection) -> None:
     assert collection.current_selection() is None
     collection.use_selection("caption-0.25", {"selector": "caption"})
