@@ -65,8 +65,8 @@ def compact(folder: Path, machine: Machine = Machine()) -> Folded | None:
         for kind in sorted(writer.state.places):
             _fold_kind(writer, kind, last, interrupts)
         _fold_outcomes(writer, last, interrupts)
-        interrupts.check()
-        move_index(writer, machine.say)
+        with interrupts.at_once():  # the index before it stays
+            move_index(writer, machine.say)
         write_pointer(folder / OUTCOMES / FIRST, str(last + 1))
         writer.read()
         if (folder / INDEX / "CURRENT").exists():

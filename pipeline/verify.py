@@ -54,6 +54,7 @@ class Examination:
         digest: Of ids, contents, features, selections and vectors of all videos that are there, and nothing of how or
             when they were made.
         n_indexed: Videos in the index; None without one.
+        any_lost: Whether a repair ever found rows that were lost.
     """
 
     collection: Collection
@@ -63,6 +64,7 @@ class Examination:
     leftovers: list[str] = field(default_factory=list)
     digest: str = ""
     n_indexed: int | None = None
+    any_lost: bool = False
 
     def damaged(self, *names: str) -> list[str]:
         """Names of the damaged files that start with one of `names`."""
@@ -100,7 +102,7 @@ def examine(folder: Path, say: Callable[[str], None] = _ignore) -> Examination:
             lines += _check_shard(found, name, rows)
     found.digest = hashlib.sha256(b"".join(sorted(lines))).hexdigest()
     _check_selections(found)
-    if not found.problems:
+    if found.any_lost and not found.problems:
         for kind, missing in lost_rows(found).items():
             of = number_of(len(missing), "video")
             found.problems.append(
@@ -131,6 +133,7 @@ def _read_commits(found: Examination) -> Iterator[tuple[int, dict[str, str]]]:
             commit = collection.read_commit(number)
             found.state.merge(commit)
             commit.merge_records(found.records)
+            found.any_lost = found.any_lost or bool(commit.lost)
             if commit.files:
                 yield number, {r.outcome.video_id: r.content for r in commit.rows if r.outcome.status == "ok"}
 
