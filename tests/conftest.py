@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under `nohup` all that the tests start would ignore it, as it should
 
 
 @pytest.fixture(scope="session")
