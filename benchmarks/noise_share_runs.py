@@ -22,8 +22,9 @@ from models.fineco import FineCoHead, HeadConfig
 from models.losses import Form
 from models.scorer import score_frames_without_text
 from pipeline.evaluate import rank_rows
+from pipeline.moments import pool
 from pipeline.rescore import rescore
-from pipeline.select import Keep, pool, select_frames
+from pipeline.select import Keep, select_frames
 from pipeline.training.examples import Examples
 from pipeline.training.loop import train
 from pipeline.training.options import ObjectiveOptions, TrainOptions

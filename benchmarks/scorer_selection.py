@@ -4,7 +4,7 @@
 
 Rendered videos about scenes that nobody was trained on; the video's caption is the query. R@1 by re-scoring and by
 pooled vectors for `caption`, for the best frame of each part by the scorer (what `--selector scorer` keeps), for the
-frames that it scores highest of all, and for `uniform`.
+frames that it scores highest of all, for `uniform`, and for evenly spaced frames.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from models.builtin.world import all_scenes, caption
 from models.registry import load_encoder
 from models.scorer import load_scorer, score_frames_without_text
 from models.scorer_file import BUILTIN
+from pipeline.moments import pool
 from pipeline.rescore import rescore
-from pipeline.select import best_of_parts, cosines, highest, parse_keep, pool, uniform
+from pipeline.select import best_of_parts, cosines, evenly_spaced, highest, parse_keep, uniform
 from pipeline.training.builtin_scorer import SHOT_FRAMES, Shot, Story, lessons_of, plan
 from pipeline.types import Float32
 
-WAYS = ("caption", "best of parts", "highest", "uniform")
+WAYS = ("caption", "best of parts", "highest", "uniform", "evenly spaced")
 
 
 def each_once(n_videos: int) -> list[Story]:
@@ -57,7 +58,8 @@ def measure(encoder: Encoder, stories: Sequence[Story], workers: int) -> list[li
                     "caption": highest(cosines(h, z), keep),
                     "best of parts": best_of_parts(predicted, keep),
                     "highest": highest(predicted, keep),
-                    "uniform": uniform(len(h), keep).kept,
+                    "uniform": uniform(h, keep).kept,
+                    "evenly spaced": evenly_spaced(len(h), keep),
                 }[way]
                 kept.append(h[mask])
             offsets = np.cumsum([0, *map(len, kept)])

@@ -1,4 +1,4 @@
-"""What looking after a collection costs: verify, compact, repair, and a search, on made-up vectors.
+"""What looking after a collection costs: making it, verify, compact, and reading its commits, on made-up vectors.
 
     python benchmarks/upkeep.py [--videos 50000] [--per-commit 100]
 
@@ -33,7 +33,8 @@ DIM, FRAMES_PER_VIDEO = 512, 15
 def make(folder: Path, n_videos: int, per_commit: int) -> Collection:
     """A collection of random features and their selections, as so many small runs leave it."""
     collection = Collection.create(folder, {"model": "made-up", "sampling": {"mode": "fps", "value": 1.0}})
-    collection.update(collection.config, {"name": "made-up", "fingerprint": "0" * 64, "spec": {"dim": DIM}})
+    spec = {"dim": DIM, "temperature": 0.05}
+    collection.update(collection.config, {"name": "made-up", "fingerprint": "0" * 64, "spec": spec})
     collection.use_selection("uniform-4", {"selector": "uniform", "keep": "4", "topics": []})
     rng = np.random.default_rng(0)
     times = np.arange(FRAMES_PER_VIDEO, dtype=np.float64)

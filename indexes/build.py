@@ -1,50 +1,92 @@
-"""Building an index: train on a bounded sample, add in chunks, measure its recall against exact search."""
+"""Building an index: train on a bounded sample, add in chunks, measure what of an exhaustive search it finds."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from indexes.exact import TIE_ROOM, Chunks, Ids, exact_top_k, has_clear_answer, recall
+from indexes.candidates import propose_videos, search_index
+from indexes.id_map import IdMap
 from indexes.plan import IndexPlan
 from pipeline.errors import FinecoError, IntegrityError
 from pipeline.files import write_file
-from pipeline.types import Float32, check_shape, check_unit_rows
+from pipeline.types import Float32, Int64, check_shape, check_unit_rows
 
 INDEX_FILE = "index.faiss"
-RECALL_AT = 10
-RECALL_QUERIES = 256
-RECALL_GOAL = 0.95
-LEAST_GAIN = 0.005  # of recall: when twice the cells bring less, the vectors' coding is the limit, not the cells
-QUERY_NOISE = 1.0  # length of the noise added to a unit vector to make a query
+RECALL_GOAL = 0.95  # of what an exhaustive search finds first
+CANDIDATES = 100  # videos a query is compared with frame by frame, unless that finds too little
+MOST_CANDIDATES = 800
 SEED = 0
 DAMAGED = "Run 'fineco verify' on the collection."
+
+Chunks = Callable[[], Iterable[tuple[Int64, Float32]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """Questions whose answer is known from an exhaustive search.
+
+    Attributes:
+        vectors: (Q, D) float32 unit rows.
+        right: For each the videos (numbers in the id map) that an exhaustive search finds first; several where equal.
+        about: What they are, for a person, e.g. `100 texts beside videos`.
+    """
+
+    vectors: Float32
+    right: Sequence[NDArray[np.int32]]
+    about: str
 
 
 @dataclass(frozen=True, slots=True)
 class IndexReport:
-    """What was built: recall@10 was measured with `nprobe` cells on `n_recall_queries` queries."""
+    """What was built, and what it finds.
+
+    Attributes:
+        n_vectors: Moments of the `n_videos` videos.
+        nprobe: Cells that a query looks into; 0 for flat.
+        candidates: Videos that are scored again by their frames, unless a search asks for many hits.
+        n_probes, n_found: Questions that it was measured with, and for how many of them what an exhaustive search finds
+            first is among the candidates.
+        probes: What the questions were.
+        n_bytes: Of `index.faiss`; what else a search reads is counted by the plan.
+    """
 
     factory: str
     dim: int
+    n_videos: int
     n_vectors: int
     nprobe: int
-    recall_at_10: float
-    n_recall_queries: int
+    candidates: int
+    n_probes: int
+    n_found: int
+    probes: str
     n_bytes: int
     seconds: float
 
+    @property
+    def recall(self) -> float:
+        """Share of the questions for which it finds what an exhaustive search finds first; 1 without a question."""
+        return self.n_found / self.n_probes if self.n_probes else 1.0
+
     def describe(self) -> str:
         """The line printed after building."""
-        probes = f", {self.nprobe} cells a query" if self.nprobe else ""
+        size = f"{self.n_bytes / 1e6:.1f} MB, {self.seconds:.1f} s"
         return (
-            f"Index built: {self.factory}, {self.n_vectors} videos{probes}, recall@{RECALL_AT} {self.recall_at_10:.3f} "
-            f"against exact search, {self.n_bytes / 1e6:.1f} MB, {self.seconds:.1f} s"
+            f"Index built: {self.factory}, {self.n_vectors} moments of {self.n_videos} videos, {size}; {self.finds()}"
+        )
+
+    def finds(self) -> str:
+        """How good it is, in words."""
+        cells = f"{self.nprobe} cells and " if self.nprobe else ""
+        return (
+            f"of {self.n_probes} questions ({self.probes}) it finds {self.n_found} that an exhaustive search finds "
+            f"first ({cells}{self.candidates} videos a question)"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -52,15 +94,28 @@ class IndexReport:
         return asdict(self)
 
 
-def build_index(plan: IndexPlan, chunks: Chunks, folder: Path) -> IndexReport:
+def build_index(
+    plan: IndexPlan,
+    chunks: Chunks,
+    id_map: IdMap,
+    probes: Probes,
+    folder: Path,
+    say: Callable[[str], None] = lambda line: None,
+    recall_goal: float = RECALL_GOAL,
+) -> IndexReport:
     """Builds and writes `index.faiss` in `folder`.
 
     Args:
         chunks: Called for every pass over the vectors; gives (ids (n,) int64, unit vectors (n, D) float32).
+        id_map: Whose moments they are.
+        probes: What its recall is measured with.
+        recall_goal: Where the recall is below it, a query looks into more cells and then takes more candidates, as far
+            as that helps.
+        say: Told when that happens.
 
     Raises:
-        IntegrityError: Vectors that are not finite unit rows of the plan's dimension, ids that are not unique, or
-            another number of vectors than planned.
+        IntegrityError: Vectors that are not finite unit rows of the plan's dimension, other ids than those of the map,
+            or another number of vectors than planned.
         FinecoError: FAISS or the disk refuses.
     """
     import faiss
@@ -69,34 +124,33 @@ def build_index(plan: IndexPlan, chunks: Chunks, folder: Path) -> IndexReport:
     try:
         index = faiss.index_factory(plan.dim, _factory(plan), faiss.METRIC_INNER_PRODUCT)
         all_ids, sample = _survey(plan, chunks)
+        if not np.array_equal(np.sort(all_ids), id_map.ids) or len(id_map.keys) != plan.n_videos:
+            raise IntegrityError("the vectors to index are not those of the list of moments", DAMAGED)
         if plan.nlist:
-            _train(faiss, index, sample[: plan.n_train])
+            _train(faiss, index, sample)
         added = 0
         for ids, vectors in _checked(chunks, plan.dim):
             if not np.array_equal(ids, all_ids[added : added + len(ids)]):
                 raise IntegrityError("the vectors changed while the index was built", "Run the same command again.")
             index.add_with_ids(vectors, ids)
             added += len(ids)
-        nprobe, measured, n_queries = _measure(faiss, index, plan, recall_queries(sample[:RECALL_QUERIES]), chunks)
-        if plan.nlist:
-            faiss.extract_index_ivf(index).nprobe = nprobe  # the file says what the report says
+        nprobe, candidates, n_found = _tune(faiss, index, plan, id_map, probes, recall_goal, say)
         record = write_file(folder / INDEX_FILE, lambda path: _write(faiss, index, path))
     except RuntimeError as error:
         raise FinecoError(f"FAISS could not build {plan.factory}: {faiss_reason(error)}") from error
-    seconds = round(time.monotonic() - started, 3)
-    return IndexReport(plan.factory, plan.dim, plan.n_vectors, nprobe, measured, n_queries, record.size_bytes, seconds)
-
-
-def recall_queries(vectors: Float32) -> Float32:
-    """What recall is measured with, (Q, D): each vector plus noise of the same length, as a unit vector.
-
-    A query is then near a video (cosine about 0.7) without being one; a stored vector as its own query is found too
-    easily. Texts lie farther from videos than that, so their recall may be lower.
-    """
-    noise = np.random.default_rng(SEED).standard_normal(vectors.shape)
-    queries = vectors + QUERY_NOISE * noise / np.linalg.norm(noise, axis=1, keepdims=True)
-    rows: Float32 = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
-    return rows
+    return IndexReport(
+        plan.factory,
+        plan.dim,
+        plan.n_videos,
+        plan.n_vectors,
+        nprobe,
+        candidates,
+        len(probes.vectors),
+        n_found,
+        probes.about,
+        record.size_bytes,
+        round(time.monotonic() - started, 3),
+    )
 
 
 def faiss_reason(error: RuntimeError) -> str:
@@ -108,7 +162,7 @@ def _factory(plan: IndexPlan) -> str:
     return plan.factory if plan.nlist else f"IDMap,{plan.factory}"  # IVF keeps ids itself
 
 
-def _checked(chunks: Chunks, dim: int) -> Iterator[tuple[Ids, Float32]]:
+def _checked(chunks: Chunks, dim: int) -> Iterator[tuple[Int64, Float32]]:
     for ids, vectors in chunks():
         try:
             check_shape("ids", ids, (None,), np.int64)
@@ -122,14 +176,14 @@ def _checked(chunks: Chunks, dim: int) -> Iterator[tuple[Ids, Float32]]:
         yield ids, np.ascontiguousarray(vectors)
 
 
-def _survey(plan: IndexPlan, chunks: Chunks) -> tuple[Ids, Float32]:
+def _survey(plan: IndexPlan, chunks: Chunks) -> tuple[Int64, Float32]:
     """The first pass: checks everything before anything is built.
 
     Returns:
-        All ids (n,) in order, and a uniform sample of the vectors in random order, enough to train and to measure.
+        All ids (n,) in order, and a uniform sample of the vectors in random order to train with.
     """
     rng = np.random.default_rng(SEED)
-    size = min(max(plan.n_train, RECALL_QUERIES), plan.n_vectors)
+    size = min(plan.n_train, plan.n_vectors)
     chosen = np.sort(rng.choice(plan.n_vectors, size=size, replace=False)) if size else np.empty(0, np.int64)
     all_ids, start = [np.empty(0, np.int64)], 0
     parts = [np.empty((0, plan.dim), np.float32)]
@@ -144,7 +198,7 @@ def _survey(plan: IndexPlan, chunks: Chunks) -> tuple[Ids, Float32]:
     by_value = np.sort(in_order)
     repeated = by_value[1:][by_value[1:] == by_value[:-1]]
     if len(repeated):
-        raise IntegrityError(f"two videos have the id {repeated[0]} in the index", DAMAGED)
+        raise IntegrityError(f"two moments have the id {repeated[0]} in the index", DAMAGED)
     sample: Float32 = np.concatenate(parts)
     rng.shuffle(sample)
     return in_order, sample
@@ -165,27 +219,53 @@ def _train(faiss: Any, index: Any, sample: Float32) -> None:
     index.train(sample)
 
 
-def _measure(faiss: Any, index: Any, plan: IndexPlan, queries: Float32, chunks: Chunks) -> tuple[int, float, int]:
-    """Recall@10 against exact search; doubles the cells to look into until the goal is met or nothing is gained.
+def _tune(
+    faiss: Any,
+    index: Any,
+    plan: IndexPlan,
+    id_map: IdMap,
+    probes: Probes,
+    recall_goal: float,
+    say: Callable[[str], None],
+) -> tuple[int, int, int]:
+    """Sets how many cells a query looks into, and finds how many candidates it needs.
 
     Returns:
-        nprobe (0 for flat), the recall measured with it, and on how many queries.
+        nprobe (0 for flat), candidates, and for how many probes they hold what an exhaustive search finds first.
     """
-    wanted_ids, wanted_scores = exact_top_k(queries, _checked(chunks, plan.dim), RECALL_AT + TIE_ROOM)
-    clear = has_clear_answer(wanted_scores, RECALL_AT, plan.n_vectors)
-    queries, wanted_ids, wanted_scores = queries[clear], wanted_ids[clear], wanted_scores[clear]
-    nprobe, best = plan.nprobe, (plan.nprobe, -1.0)
-    while True:
-        if plan.nlist:
+
+    def look_into(nprobe: int) -> None:
+        if nprobe:
             faiss.extract_index_ivf(index).nprobe = nprobe
-        found = index.search(queries, RECALL_AT)[1] if len(queries) else []
-        measured = round(recall(found, wanted_ids, wanted_scores, RECALL_AT), 4)
-        if measured - best[1] < LEAST_GAIN:
-            return *best, len(queries)
-        best = (nprobe, measured)
-        if measured >= RECALL_GOAL or nprobe >= plan.nlist:
-            return nprobe, measured, len(queries)
-        nprobe = min(2 * nprobe, plan.nlist)
+
+    def found(nprobe: int, candidates: int) -> int:
+        look_into(nprobe)
+        proposed = propose_videos(lambda *args: search_index(index, *args), id_map, probes.vectors, candidates)
+        pairs = zip(proposed, probes.right, strict=True)
+        return sum(bool(np.isin(right, videos).any()) for (videos, _), right in pairs)
+
+    nprobe, candidates = plan.nprobe, CANDIDATES
+    n_found, goal = found(nprobe, candidates), recall_goal * len(probes.vectors)
+    while n_found < goal:
+        # A bit more, or where that finds nothing new, all that there is: cells first, for candidates cost more.
+        steps = [(cells, candidates) for cells in _further(nprobe, plan.nlist)]
+        steps += [(nprobe, videos) for videos in _further(candidates, min(MOST_CANDIDATES, plan.n_videos))]
+        found_by = ((step, found(*step)) for step in steps)
+        better = next(((step, n) for step, n in found_by if n > n_found), None)
+        if better is None:
+            more = "" if plan.factory.endswith("Flat") else "; with more memory (--memory) it could be finer"
+            say(f"Recall is below {recall_goal:g}: this index finds {n_found} of {len(probes.vectors)}{more}.")
+            break
+        (nprobe, candidates), n_found = better
+        cells = f"{nprobe} cells and " if nprobe else ""
+        say(f"Recall is below {recall_goal:g}: a query now takes {cells}{candidates} videos, which finds {n_found}.")
+    look_into(nprobe)  # the file says what the report says
+    return nprobe, candidates, n_found
+
+
+def _further(number: int, most: int) -> list[int]:
+    """Twice a number, and the most there may be, as far as they are above it."""
+    return [more for more in dict.fromkeys((min(2 * number, most), most)) if more > number]
 
 
 def _write(faiss: Any, index: Any, path: Path) -> None:

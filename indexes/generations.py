@@ -28,7 +28,8 @@ from pipeline.files import (
     write_pointer,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+SCHEMA_WITHOUT_MOMENTS = 2  # one pooled vector a video
 SIDECAR_FILE = "index.json"
 CURRENT = "CURRENT"
 UNFINISHED = ".tmp"
@@ -147,12 +148,15 @@ def read_sidecar(generation: Path) -> Sidecar:
     """Reads `index.json`, strictly.
 
     Raises:
+        UsageError: An earlier version of fineco made it, which indexed no moments.
         IntegrityError: It is missing, or a field is missing, unknown or of another type.
     """
     path = generation / SIDECAR_FILE
     try:
         content = read_sealed(path)
         schema = content.get("schema")
+        if schema == SCHEMA_WITHOUT_MOMENTS:
+            raise _outdated(generation)
         if type(schema) is not int or schema != SCHEMA_VERSION:  # True is 1
             raise ValueError(f"field 'schema' is {schema}, expected {SCHEMA_VERSION}")
         del content["schema"]
@@ -171,6 +175,14 @@ def read_sidecar(generation: Path) -> Sidecar:
         return Sidecar(**content | {"report": IndexReport(**content["report"]), "files": files})
     except (OSError, ValueError) as error:  # ValueError: also what is not JSON or not UTF-8
         raise IntegrityError(f"{path}: {error}", REBUILD) from error
+
+
+def _outdated(generation: Path) -> UsageError:
+    folder = generation.parent.parent
+    return UsageError(
+        f"{folder} was indexed by an earlier version of fineco, with one mean vector a video instead of its moments",
+        f"Run 'fineco select -c {folder}' and 'fineco index -c {folder}': nothing is decoded or embedded again.",
+    )
 
 
 def check_generation(generation: Path, sidecar: Sidecar, full: bool = False) -> None:

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from pipeline.errors import UsageError
 
-FLAT_LIMIT = 100_000  # exact search of so many takes some 36 ms a query on 2 cores (512 dimensions); beyond, IVF
+FLAT_LIMIT = (
+    100_000  # moments; exact search of so many takes some 36 ms a query on 2 cores (512 dimensions); beyond, IVF
+)
+ID_BYTES = 8 + 8 + 4  # FAISS's id of a moment, and the id and the video in the list beside the vectors
 LEAST_IVF = 4_000  # below, cells are too few and too empty to be trained
 VECTORS_PER_CELL = 39  # FAISS warns below so many training vectors a cell
 TRAIN_PER_CELL = 64
@@ -24,15 +27,18 @@ class IndexPlan:
 
     Attributes:
         factory: FAISS's name of the index, without the id map.
-        n_bytes: What it will take, on disk and when searched.
+        n_videos, n_vectors: Videos, and their moments, each of which is a vector.
+        n_bytes: What it will take, on disk and when searched, with the ids.
         nlist, nprobe: Cells, and how many are looked into at first (0 for flat).
         n_train: Vectors to train on.
-        expected_recall: Recall@10 against exact search to expect, as measured on clustered synthetic vectors
-            (benchmarks/index_sizes.py); None where it depends on the data too much to say.
+        expected_recall: Of what an exhaustive search finds first, the share that should be among the candidates, as
+            measured on clustered synthetic vectors (benchmarks/index_sizes.py); None where it depends on the data too
+            much to say.
         reason: Why this one, in a phrase.
     """
 
     factory: str
+    n_videos: int
     n_vectors: int
     dim: int
     n_bytes: int
@@ -45,18 +51,22 @@ class IndexPlan:
     def describe(self) -> str:
         """The line printed before building."""
         if self.expected_recall is None:
-            recall = "recall@10 to be measured"
+            recall = "recall to be measured"
         else:
-            recall = "exact" if not self.nlist else f"recall@10 about {self.expected_recall:g}, to be measured"
+            recall = "exact" if not self.nlist else f"recall about {self.expected_recall:g}, to be measured"
         cells = f", {self.nlist} cells" if self.nlist else ""
         size = f"{self.n_bytes / 1e6:.1f} MB" if self.n_bytes < 1e9 else f"{self.n_bytes / 1e9:.2f} GB"
-        return f"Index plan: {self.factory} of {self.n_vectors} x {self.dim}{cells}, {size}, {recall} ({self.reason})"
+        what = f"{self.n_vectors} moments of {self.n_videos} videos, {self.dim} dimensions"
+        return f"Index plan: {self.factory}{cells}, {what}, {size}, {recall} ({self.reason})"
 
 
-def plan_index(n_vectors: int, dim: int, memory_bytes: int | None = None, kind: str = "auto") -> IndexPlan:
+def plan_index(
+    n_videos: int, n_vectors: int, dim: int, memory_bytes: int | None = None, kind: str = "auto"
+) -> IndexPlan:
     """Chooses an index.
 
     Args:
+        n_videos, n_vectors: Videos, and moments of all of them.
         memory_bytes: What it may take; None: half of what is available now.
         kind: `auto`, or `flat` or `ivf` by the user's wish.
 
@@ -67,15 +77,17 @@ def plan_index(n_vectors: int, dim: int, memory_bytes: int | None = None, kind: 
         raise UsageError(f"unknown index kind {kind!r}", f"Choose one of {', '.join(KINDS)}.")
     budget = memory_bytes if memory_bytes is not None else int(_available_bytes() * MEMORY_SHARE)
     if kind == "ivf" and n_vectors < LEAST_IVF:
-        raise UsageError(f"an IVF index needs at least {LEAST_IVF} videos, there are {n_vectors}", "Use --kind flat.")
-    flat_bytes = n_vectors * (4 * dim + 8)
+        raise UsageError(f"an IVF index needs at least {LEAST_IVF} moments, there are {n_vectors}", "Use --kind flat.")
+    flat_bytes = n_vectors * (4 * dim + ID_BYTES)
     if kind == "flat" or (kind == "auto" and n_vectors < LEAST_IVF):
-        return IndexPlan("Flat", n_vectors, dim, flat_bytes, 0, 0, 0, 1.0, "as asked" if kind == "flat" else "small")
+        return IndexPlan(
+            "Flat", n_videos, n_vectors, dim, flat_bytes, 0, 0, 0, 1.0, "as asked" if kind == "flat" else "small"
+        )
     if kind == "auto" and n_vectors <= FLAT_LIMIT and flat_bytes <= budget:
-        return IndexPlan("Flat", n_vectors, dim, flat_bytes, 0, 0, 0, 1.0, "few enough to compare with each")
+        return IndexPlan("Flat", n_videos, n_vectors, dim, flat_bytes, 0, 0, 0, 1.0, "few enough to compare with each")
     nlist = _cells(n_vectors)
     n_train = min(n_vectors, MAX_TRAIN, TRAIN_PER_CELL * nlist)
-    overhead = nlist * 4 * dim + 8 * n_vectors
+    overhead = nlist * 4 * dim + ID_BYTES * n_vectors
     nprobe = max(8, nlist // 64)
     # RaBitQ rather than PQ of the same size (50,000 x 512, 2 busy cores): 1 s to train instead of 143, recall@10 0.47
     # instead of 0.44; of the ten best, 0.999 are among the hundred candidates, which are scored again by their frames.
@@ -90,7 +102,7 @@ def plan_index(n_vectors: int, dim: int, memory_bytes: int | None = None, kind: 
             break
     else:
         reason = "the smallest there is, though over the memory budget"
-    return IndexPlan(factory, n_vectors, dim, n_bytes, nlist, nprobe, n_train, recall, reason)
+    return IndexPlan(factory, n_videos, n_vectors, dim, n_bytes, nlist, nprobe, n_train, recall, reason)
 
 
 def _cells(n_vectors: int) -> int:

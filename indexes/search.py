@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from indexes.build import INDEX_FILE, IndexReport, faiss_reason
-from indexes.exact import Ids
+from indexes.candidates import search_index
 from indexes.generations import REBUILD, Sidecar, check_generation, read_sidecar
 from pipeline.errors import IntegrityError, UsageError
-from pipeline.types import Float32
+from pipeline.types import Float32, Int64
 
 LOOP_LIMIT = 10**8  # no index has so many cells; FAISS's own default is none
 
@@ -50,11 +50,12 @@ class VectorIndex:
     def __len__(self) -> int:
         return int(self._index.ntotal)
 
-    def search(self, queries: Float32, k: int) -> list[tuple[Ids, Float32]]:
+    def search(self, queries: Float32, k: int, without: Int64 | None = None) -> list[tuple[Int64, Float32]]:
         """The best k of each query: (ids, cosines), best first; fewer when the index, or its probed cells, hold fewer.
 
         Args:
             queries: (Q, D) float32 unit rows.
+            without: Ids that are left out.
 
         Raises:
             UsageError: Another dimension, or numbers that are not finite.
@@ -63,11 +64,7 @@ class VectorIndex:
             raise UsageError(f"queries of shape {queries.shape}, the index has {self._index.d} dimensions")
         if not np.isfinite(queries).all():
             raise UsageError("a query vector is not finite")
-        k = min(k, len(self))
-        if k < 1:
-            return [(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in queries]
-        scores, ids = self._index.search(np.ascontiguousarray(queries, np.float32), k)
-        return [_ranked(*row) for row in zip(ids, scores, strict=True)]
+        return search_index(self._index, queries, k, without)
 
 
 def _read(path: Path, report: IndexReport) -> Any:
@@ -96,26 +93,19 @@ def _read(path: Path, report: IndexReport) -> Any:
     return index
 
 
-def _ranked(ids: Ids, scores: Float32) -> tuple[Ids, Float32]:
-    """Without the places that FAISS could not fill (id -1); equal scores by ascending id."""
-    order = np.lexsort((ids, -scores))
-    order = order[ids[order] >= 0]
-    return ids[order], scores[order]
-
-
-def stored_ids(generation: Path) -> Ids:
+def stored_ids(generation: Path) -> Int64:
     """Every id (n,) that a checked generation's index holds, in the order in which it holds them."""
     import faiss
 
     index = _read(generation / INDEX_FILE, read_sidecar(generation).report)
     cells = _cells(faiss, index)
     if cells is None:
-        ids: Ids = faiss.vector_to_array(index.id_map).astype(np.int64)
+        ids: Int64 = faiss.vector_to_array(index.id_map).astype(np.int64)
         return ids
     return np.concatenate([np.empty(0, np.int64), *(_ids_of(faiss, cells, i) for i in range(cells.nlist))])
 
 
-def stored_vectors(generation: Path, ids: Ids) -> tuple[str, Float32]:
+def stored_vectors(generation: Path, ids: Int64) -> tuple[str, Float32]:
     """FAISS's name of how a checked generation's index codes vectors, and the vectors (n, D) of some of its ids."""
     import faiss
 
@@ -143,7 +133,7 @@ def _cells(faiss: Any, index: Any) -> Any:
     return None if ivf is None else ivf.invlists
 
 
-def _ids_of(faiss: Any, cells: Any, number: int) -> Ids:
+def _ids_of(faiss: Any, cells: Any, number: int) -> Int64:
     size = cells.list_size(number)
-    ids: Ids = np.array(faiss.rev_swig_ptr(cells.get_ids(number), size), np.int64) if size else np.empty(0, np.int64)
+    ids: Int64 = np.array(faiss.rev_swig_ptr(cells.get_ids(number), size), np.int64) if size else np.empty(0, np.int64)
     return ids

@@ -39,7 +39,8 @@ from pipeline.files import (
 from pipeline.lock import LOCK_FILE, Lock
 from pipeline.types import TimedText, Video
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+SCHEMA_WITHOUT_MOMENTS = 2  # read as it is; a writer makes it a collection of this version
 CONFIG_FILE = "collection.json"
 SELECTION_FILE = "selection.json"
 OUTCOMES = "outcomes"
@@ -77,10 +78,11 @@ class Collection:
             if _is_of_first_schema(path):
                 raise _other_version(folder, 1) from None
             raise IntegrityError(f"{path}: {error}", REPAIR) from error
-        if content.get("schema") != SCHEMA_VERSION:
+        if content.get("schema") not in (SCHEMA_VERSION, SCHEMA_WITHOUT_MOMENTS):
             raise _other_version(folder, content.get("schema"))
         if not isinstance(content.get("config"), dict) or not isinstance(content.get("encoder"), dict | None):
             raise IntegrityError(f"{path}: not the configuration of a collection", REPAIR)
+        self.schema: int = content["schema"]
         self.config: dict[str, Any] = content["config"]
         self.encoder: dict[str, Any] | None = content.get("encoder")
 
@@ -89,6 +91,7 @@ class Collection:
         """One whose `collection.json` is damaged, for what can be read all the same."""
         collection = cls.__new__(cls)
         collection.folder, collection.config, collection.encoder = folder, {}, None
+        collection.schema = SCHEMA_VERSION
         return collection
 
     @staticmethod
@@ -119,7 +122,7 @@ class Collection:
     def update(self, config: dict[str, Any], encoder: dict[str, Any] | None) -> None:
         """Writes the configuration again, with what a later stage added to it."""
         write_config(self.folder, config, encoder)
-        self.config, self.encoder = config, encoder
+        self.config, self.encoder, self.schema = config, encoder, SCHEMA_VERSION
 
     # ------------------------------------------------------------------------------------------------- commits
 
@@ -289,6 +292,9 @@ class Writer(Snapshot):
     def __enter__(self) -> Writer:
         self._lock.__enter__()
         try:
+            collection = self.collection
+            if collection.schema != SCHEMA_VERSION:  # first of all, so that an earlier version knows it as another's
+                collection.update(collection.config, collection.encoder)
             self.read()
             self.remove_debris()
         except BaseException:

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from indexes.generations import current_generation
+from indexes.generations import current_generation, read_sidecar
 from models.base import Encoder
 from pipeline.catalog import find_videos
 from pipeline.collection import Collection, Snapshot, Writer, this_command
-from pipeline.commits import FEATURES, FRAMES, INDEX
+from pipeline.commits import EMBEDDINGS, FEATURES, FRAMES, INDEX
 from pipeline.config import (
     DEFAULT_FRAME_SIZE,
     EmbedOptions,
@@ -217,7 +217,7 @@ def _stream(
                 summary = run_videos(writer, todo, loaded, selecting, pool, batch_size, progress, interrupts, base)
         if plan is not None:
             _select_missing(writer, plan, get_encoder, machine, interrupts)
-            _index(writer, index_kind, None, machine, interrupts)
+            _index(writer, index_kind, None, machine, interrupts, get_encoder)
     return summary
 
 
@@ -306,6 +306,13 @@ def _select_missing(
 ) -> int:
     if not count_unselected(writer, plan.name):
         return 0
+    if f"{EMBEDDINGS}/{plan.name}" in writer.state.outdated and not writer.state.places.get(
+        f"{EMBEDDINGS}/{plan.name}"
+    ):
+        machine.say(
+            "An earlier version of fineco made this collection, without moments: frames are selected again from the "
+            "stored features, nothing is decoded or embedded."
+        )
 
     def make_selecting(any_text: bool) -> Selecting:
         with interrupts.at_once():
@@ -316,24 +323,46 @@ def _select_missing(
 
 
 def index(
-    folder: Path, kind: str = "auto", memory_bytes: int | None = None, machine: Machine = Machine(), force: bool = False
+    folder: Path,
+    kind: str = "auto",
+    memory_bytes: int | None = None,
+    machine: Machine = Machine(),
+    force: bool = False,
+    encoder: Encoder | None = None,
+    recall_goal: float | None = None,
 ) -> bool:
-    """Builds the index of the selection in use; returns False when it was up to date."""
+    """Builds the index of the selection in use; returns False when it was up to date.
+
+    What it finds is measured with texts, for which the encoder is loaded unless the index before it had them too.
+
+    Args:
+        recall_goal: What it should find of an exhaustive search's first answers; None: as the index before it, or 0.95.
+    """
     collection = Collection(folder)
+    get_encoder = EncoderOnDemand(collection.config, collection, machine, encoder)
     with Interrupts(this_command()) as interrupts, collection.writing(this_command()) as writer:
-        return _index(writer, kind, memory_bytes, machine, interrupts, force)
+        return _index(writer, kind, memory_bytes, machine, interrupts, get_encoder, force, recall_goal)
 
 
 def _index(
-    writer: Writer, kind: str, memory_bytes: int | None, machine: Machine, interrupts: Interrupts, force: bool = False
+    writer: Writer,
+    kind: str,
+    memory_bytes: int | None,
+    machine: Machine,
+    interrupts: Interrupts,
+    get_encoder: EncoderOnDemand,
+    force: bool = False,
+    recall_goal: float | None = None,
 ) -> bool:
     from pipeline.indexing import build_collection_index
 
-    if not any(name.startswith("embeddings/") for name in writer.state.places):
+    if not any(name.startswith(f"{EMBEDDINGS}/") for name in (*writer.state.places, *writer.state.outdated)):
         machine.say("No video to index.")
         return False
     with interrupts.at_once():  # the index before it stays
-        report = build_collection_index(writer, kind, memory_bytes, machine.say, force)
+        report = build_collection_index(
+            writer, kind, memory_bytes, machine.say, force, get_encoder=get_encoder, recall_goal=recall_goal
+        )
     machine.say(report.describe() if report else "The index is up to date.")
     return report is not None
 
@@ -346,15 +375,16 @@ def search(
     rescoring: bool = True,
     machine: Machine = Machine(),
     encoder: Encoder | None = None,
+    by_moment: bool = False,
 ) -> list[list[Hit]]:
-    """The best `k` videos of a collection for each query, with their moments."""
+    """The best `k` videos of a collection for each query with their moments, or (`by_moment`) the best `k` moments."""
     from pipeline.search import Searcher
 
     collection = Collection(folder)
     if collection.encoder is None:
         raise UsageError(f"{folder} has no features yet", f"Run 'fineco run VIDEOS -c {folder}'.")
     if encoder is None:
-        current_generation(folder / INDEX)  # a missing index is said before a model is loaded
+        read_sidecar(current_generation(folder / INDEX))  # a missing index is said before a model is loaded
         from models.registry import load_encoder
 
         encoder = load_encoder(collection.config["model"], machine.device, collection.encoder["precision"])
@@ -363,6 +393,6 @@ def search(
 
     def answers(encoder: Encoder = encoder) -> list[list[Hit]]:
         with Searcher(collection, encoder) as searcher:
-            return searcher.search(queries, k, threshold, rescoring)
+            return searcher.search(queries, k, threshold, rescoring, by_moment)
 
     return collection.stable(answers)

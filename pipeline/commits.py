@@ -12,7 +12,8 @@ from pipeline.catalog import Known
 from pipeline.files import FileRecord
 from pipeline.types import Outcome, TimedText, Video
 
-COMMIT_SCHEMA = 2
+COMMIT_SCHEMA = 3
+SCHEMA_WITHOUT_MOMENTS = 2  # its features are as they are now; its embeddings are not used any more
 FRAMES, FEATURES, EMBEDDINGS, INDEX = "frames", "features", "embeddings", "index"
 
 BLIND_STAGES = ("select", "compact", "repair")  # work from what is stored, and have not looked where a file is now
@@ -90,6 +91,7 @@ class Commit:
         made_with: The collection's `config` and `encoder` at the time, and under `selections` what those in `files`
             were made with: what `verify --repair` restores the small files of a collection from.
         lost: Names of data files of earlier commits that were found damaged: they do not count any more.
+        outdated: Names of its data files that an earlier version of fineco wrote and this one does not use.
     """
 
     number: int
@@ -98,6 +100,7 @@ class Commit:
     rows: list[Row]
     made_with: dict[str, Any] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
+    outdated: tuple[str, ...] = ()
 
     def merge_records(self, records: dict[str, FileRecord]) -> None:
         """Adds the commit's data files to those of the commits before it, and takes away what it says is lost."""
@@ -155,11 +158,15 @@ class Commit:
     @classmethod
     def _from_lines(cls, number: int, lines: list[Any]) -> Commit:
         head, *rows = lines
-        if head["schema"] != COMMIT_SCHEMA:
+        if head["schema"] not in (COMMIT_SCHEMA, SCHEMA_WITHOUT_MOMENTS):
             raise ValueError(f"schema {head['schema']}, expected {COMMIT_SCHEMA}")
         files = {name: FileRecord(**record) for name, record in head["files"].items()}
+        outdated: list[str] = []
+        if head["schema"] == SCHEMA_WITHOUT_MOMENTS:
+            outdated = [name for name in files if name.startswith(f"{EMBEDDINGS}/")]
+            files = {name: record for name, record in files.items() if name not in outdated}
         parsed = [Row.from_json(row) for row in rows]
-        return cls(number, head["stage"], files, parsed, head["made_with"], tuple(head["lost"]))
+        return cls(number, head["stage"], files, parsed, head["made_with"], tuple(head["lost"]), tuple(outdated))
 
 
 @dataclass(slots=True)
@@ -181,6 +188,7 @@ class State:
         paths: video id -> where it was last found; not of a video that is gone or has another in its place.
         texts: video id -> hash of its texts, to see when a sidecar changes.
         text_notes: path -> what of the text beside it could not be used, where there is any such note.
+        outdated: Kinds of data that an earlier version of fineco wrote and this one does not use.
         last_number: Of the last commit.
     """
 
@@ -190,11 +198,13 @@ class State:
     paths: dict[str, str] = field(default_factory=dict)
     texts: dict[str, int] = field(default_factory=dict)
     text_notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    outdated: set[str] = field(default_factory=set)
     last_number: int = 0
 
     def merge(self, commit: Commit) -> None:
         """Takes the next commit into account."""
         kinds = [name.rpartition("/")[0] for name in commit.files]
+        self.outdated |= {place_of(name)[0] for name in commit.outdated}
         for name in commit.lost:
             self._forget_file(*place_of(name))
         for row in commit.rows:
@@ -249,6 +259,10 @@ class State:
         """Whether a finished video has other texts, or other notes on them, than when it was last written down."""
         same_notes = self.text_notes.get(video.path, ()) == video.text_notes
         return not same_notes or self.texts.get(video.video_id) != _texts_hash(video.texts)
+
+    def has_texts(self, video_id: str) -> bool:
+        """Whether there was text beside a video when it was last looked at."""
+        return self.texts.get(video_id, _texts_hash(())) != _texts_hash(())
 
     def indexable(self, selection: str) -> dict[str, int]:
         """Videos of a selection whose file was there when last looked for -> the commit that has their embedding."""

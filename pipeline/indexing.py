@@ -1,15 +1,14 @@
-"""The index of a collection: which vectors go in, which videos are gone, and the lookup beside the vectors."""
+"""The index of a collection: which moments go in, which videos are gone, and what lies beside the vectors."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from indexes.build import INDEX_FILE, IndexReport, build_index
+from indexes.build import INDEX_FILE, RECALL_GOAL, IndexReport, build_index
 from indexes.generations import (
     check_generation,
     current_generation,
@@ -18,14 +17,18 @@ from indexes.generations import (
     read_sidecar,
     write_sidecar,
 )
+from indexes.id_map import video_key
 from indexes.plan import plan_index
-from pipeline import store
+from models.base import Encoder
 from pipeline.collection import Writer
-from pipeline.commits import EMBEDDINGS, INDEX, Row
+from pipeline.commits import EMBEDDINGS, FEATURES, INDEX, Row
 from pipeline.errors import FinecoError, UsageError
 from pipeline.files import link_file
-from pipeline.lookup import LOOKUP_FILE, Lookup, index_id, write_lookup
-from pipeline.types import Float32, Outcome
+from pipeline.gallery import Gallery
+from pipeline.lookup import LOOKUP_FILE, Lookup, write_lookup
+from pipeline.probes import N_QUESTIONS, make_probes, sampled_texts
+from pipeline.text_vectors import TEXTS_FILE, TextVectors
+from pipeline.types import Outcome
 
 KEPT_GENERATIONS = 2  # a search that has the last one open goes on
 
@@ -37,6 +40,8 @@ def build_collection_index(
     say: Callable[[str], None],
     force: bool = False,
     bury: bool = True,
+    get_encoder: Callable[[], Encoder] | None = None,
+    recall_goal: float | None = None,
 ) -> IndexReport | None:
     """Builds a generation from the selection in use; returns None when the current one is up to date.
 
@@ -49,6 +54,9 @@ def build_collection_index(
         say: Gets the plan, and notes.
         force: Also when the current one is up to date.
         bury: Whether to look which videos are gone.
+        get_encoder: Loads the collection's encoder, for texts that the index is measured with and the one before it was
+            not; None: these are left out.
+        recall_goal: What it should find of an exhaustive search's first answers; None: as the index before it.
 
     Raises:
         UsageError: Nothing is selected yet.
@@ -61,28 +69,53 @@ def build_collection_index(
         raise UsageError(f"{collection.folder} has no selected frames to index", "Run 'fineco run' or 'fineco select'.")
     if bury:
         _bury_missing(writer, say)
-    alive = writer.state.indexable(selection)
-    if not alive:
-        raise UsageError("there is no video to index", "Run 'fineco failures' to see what went wrong with them.")
+    if not writer.state.indexable(selection):
+        raise _nothing_to_index(writer, selection)
     folder = collection.folder / INDEX
-    content = writer.state.index_content(selection)
-    if not force and _up_to_date(folder, selection, encoder["fingerprint"], content, kind):
+    goal = _goal_before(folder) if recall_goal is None else recall_goal
+    wanted = {
+        "content": writer.state.index_content(selection),
+        "requested_kind": kind,
+        "recall_goal": goal,
+    }
+    if not force and _up_to_date(folder, selection, encoder["fingerprint"], wanted):
         return None
-    plan = plan_index(len(alive), int(encoder["spec"]["dim"]), memory_bytes, kind)
+    gallery = Gallery(writer, selection)
+    plan = plan_index(len(gallery), len(gallery.id_map), int(encoder["spec"]["dim"]), memory_bytes, kind)
     say(plan.describe())
-
-    def chunks() -> Iterator[tuple[np.ndarray[tuple[int], np.dtype[np.int64]], Float32]]:
-        for _, shard, rows in _shards(writer, selection, alive):
-            ids = np.array([index_id(shard.video_ids[row]) for row in rows], np.int64)
-            yield ids, np.ascontiguousarray(shard.vectors()[rows])
-
-    lookup = _lookup_rows(writer, selection, alive)
+    texts = TextVectors(folder, encoder["fingerprint"], gallery.dim, get_encoder, say)
+    temperature = float(encoder["spec"]["temperature"])
+    probes, background = make_probes(gallery, _texts_beside(writer, gallery), texts, temperature)
     with new_generation(folder) as generation:
-        report = build_index(plan, chunks, generation)
-        write_lookup(generation / LOOKUP_FILE, lookup)
-        write_sidecar(generation, report, encoder["fingerprint"], selection, _extra(writer, content, kind))
+        report = build_index(plan, gallery.moments, gallery.id_map, probes, generation, say, goal)
+        write_lookup(generation / LOOKUP_FILE, gallery, background)
+        texts.write(generation / TEXTS_FILE)
+        write_sidecar(generation, report, encoder["fingerprint"], selection, wanted | _last_commit(writer))
     prune_generations(folder, KEPT_GENERATIONS)
     return report
+
+
+def _nothing_to_index(writer: Writer, selection: str) -> UsageError:
+    folder = writer.collection.folder
+    if f"{EMBEDDINGS}/{selection}" in writer.state.outdated and writer.state.places.get(FEATURES):
+        return UsageError(
+            f"the selection {selection} was made by an earlier version of fineco, which stored no moments",
+            f"Run 'fineco select -c {folder}' first: nothing is decoded or embedded again.",
+        )
+    return UsageError("there is no video to index", "Run 'fineco failures' to see what went wrong with them.")
+
+
+def _texts_beside(writer: Writer, gallery: Gallery) -> list[str]:
+    """Texts beside some of the videos, as last seen."""
+    with_texts = (v for v in gallery.video_ids if writer.state.has_texts(v))  # by ascending key: a sample by chance
+    chosen = set(itertools.islice(with_texts, N_QUESTIONS))
+    texts: dict[str, list[str]] = {}
+    if chosen:
+        for commit in writer.collection.commits():
+            for row in commit.rows:
+                if row.outcome.status == "ok" and row.outcome.video_id in chosen and row.texts:
+                    texts[row.outcome.video_id] = [text.text for text in row.texts]
+    return sampled_texts(texts)
 
 
 def move_index(writer: Writer, say: Callable[[str], None]) -> None:
@@ -91,46 +124,37 @@ def move_index(writer: Writer, say: Callable[[str], None]) -> None:
     folder = writer.collection.folder / INDEX
     try:
         before = current_generation(folder)
+        sidecar = read_sidecar(before)
     except UsageError:
-        return
-    sidecar = read_sidecar(before)
+        return  # none yet, or one of an earlier version
     selection, kind = sidecar.selection, sidecar.extra.get("requested_kind", "auto")
     alive = writer.state.indexable(selection)
     with Lookup(before / LOOKUP_FILE) as old:
-        same = sorted(index_id(v) for v in alive) == old.ids.tolist()
+        same = sorted(video_key(v) for v in alive) == old.id_map.keys.tolist()
+        background = old.background
     if selection != writer.collection.current_selection() or not same:
         build_collection_index(writer, kind, None, say, bury=False)
         return
     check_generation(before, sidecar, full=True)
-    content = writer.state.index_content(selection)
-    lookup = _lookup_rows(writer, selection, alive)
+    extra = sidecar.extra | {"content": writer.state.index_content(selection)} | _last_commit(writer)
     with new_generation(folder) as generation:
-        link_file(before / INDEX_FILE, generation / INDEX_FILE)
-        write_lookup(generation / LOOKUP_FILE, lookup)
-        write_sidecar(generation, sidecar.report, sidecar.fingerprint, selection, _extra(writer, content, kind))
+        for name in (INDEX_FILE, TEXTS_FILE):
+            link_file(before / name, generation / name)
+        write_lookup(generation / LOOKUP_FILE, Gallery(writer, selection), background)
+        write_sidecar(generation, sidecar.report, sidecar.fingerprint, selection, extra)
 
 
-def _extra(writer: Writer, content: str, kind: str) -> dict[str, Any]:
-    """What a sidecar says of its collection: what the index holds, the kind that was asked for, the last commit."""
-    return {"content": content, "requested_kind": kind, "last_commit": writer.state.last_number}
+def _last_commit(writer: Writer) -> dict[str, int]:
+    """What a sidecar says of the collection's history: a commit that is missing later is noticed by it."""
+    return {"last_commit": writer.state.last_number}
 
 
-def _shards(
-    writer: Writer, selection: str, alive: dict[str, int]
-) -> Iterator[tuple[int, store.EmbeddingsShard, list[int]]]:
-    """Commit number, opened shard and the rows to take."""
-    for number in sorted(set(alive.values())):
-        name = f"{EMBEDDINGS}/{selection}/{number:06d}.h5"
-        with store.EmbeddingsShard(writer.collection.open_file(name, writer.records)) as shard:
-            yield number, shard, [row for row, v in enumerate(shard.video_ids) if alive.get(v) == number]
-
-
-def _lookup_rows(writer: Writer, selection: str, alive: dict[str, int]) -> list[tuple[int, int, int, str]]:
-    return [
-        (index_id(shard.video_ids[row]), number, row, writer.state.paths[shard.video_ids[row]])
-        for number, shard, rows in _shards(writer, selection, alive)
-        for row in rows
-    ]
+def _goal_before(folder: Path) -> float:
+    """The recall that was asked of the index in use, or the usual one."""
+    try:
+        return float(read_sidecar(current_generation(folder)).extra.get("recall_goal", RECALL_GOAL))
+    except FinecoError:
+        return RECALL_GOAL
 
 
 def _bury_missing(writer: Writer, say: Callable[[str], None]) -> None:
@@ -148,16 +172,11 @@ def _bury_missing(writer: Writer, say: Callable[[str], None]) -> None:
     say(f"{len(missing)} videos are gone and leave the index (a run that finds them again brings them back)")
 
 
-def _up_to_date(folder: Path, selection: str, fingerprint: str, content: str, kind: str) -> bool:
-    """Whether the current generation was built from just this; a damaged or missing one is not."""
+def _up_to_date(folder: Path, selection: str, fingerprint: str, wanted: dict[str, Any]) -> bool:
+    """Whether the current generation was built from just this, as asked; a damaged or missing one is not."""
     try:
         sidecar = read_sidecar(current_generation(folder))
     except FinecoError:
         return False
-    made_of = (
-        sidecar.selection,
-        sidecar.fingerprint,
-        sidecar.extra.get("content"),
-        sidecar.extra.get("requested_kind"),
-    )
-    return made_of == (selection, fingerprint, content, kind)
+    made_of = sidecar.selection, sidecar.fingerprint, {name: sidecar.extra.get(name) for name in wanted}
+    return made_of == (selection, fingerprint, wanted)

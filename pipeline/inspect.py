@@ -33,9 +33,10 @@ def status_of(folder: Path) -> dict[str, Any]:
         sidecar = read_sidecar(generation)
         index = {"generation": generation.name, "selection": sidecar.selection, **sidecar.report.to_json()}
         fresh = selection is not None and sidecar.extra.get("content") == state.index_content(selection)
+        index["recall"] = round(sidecar.report.recall, 4)
         index["up_to_date"] = fresh and sidecar.selection == selection
     except UsageError:
-        pass  # none yet
+        pass  # none yet, or one of an earlier version
     except FinecoError as error:
         index = {"problem": error.message}
     return {
@@ -48,6 +49,7 @@ def status_of(folder: Path) -> dict[str, Any]:
         "with_frames": len(state.places.get(FRAMES, {})),
         "with_features": len(state.places.get(FEATURES, {})),
         "selection": selection and {"name": selection, **collection.selection(selection), "videos": len(selected)},
+        "outdated": f"{EMBEDDINGS}/{selection}" in state.outdated and not selected,
         "index": index,
         "bytes": sum(record.size_bytes for record in records.values()),
         "commits": state.last_number,
@@ -70,8 +72,14 @@ def status_text(content: dict[str, Any]) -> str:
         lines.append(("index", f"damaged: {index['problem']}: run 'fineco index --force'"))
     elif index:
         fresh = "up to date" if index["up_to_date"] else "out of date: run 'fineco index'"
-        recall = f"recall@10 {index['recall_at_10']:.3f}"
-        lines.append(("index", f"{index['factory']}, {number_of(index['n_vectors'], 'video')}, {recall}, {fresh}"))
+        moments = f"{number_of(index['n_vectors'], 'moment')} of {number_of(index['n_videos'], 'video')}"
+        lines.append(("index", f"{index['factory']}, {moments}, {fresh}"))
+        questions = f"of {number_of(index['n_probes'], 'question')} ({index['probes']})"
+        lines.append(
+            ("recall", f"{questions} the index finds {index['n_found']} that an exhaustive search finds first")
+        )
+    elif content["outdated"]:
+        lines.append(("index", "of an earlier version, without moments: run 'fineco select' and 'fineco index'"))
     else:
         lines.append(("index", f"none yet: run 'fineco {'index' if selection and selection['videos'] else 'run'}'"))
     lines.append(("on disk", f"{content['bytes'] / 1e6:.1f} MB in {number_of(content['commits'], 'commit')}"))

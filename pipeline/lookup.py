@@ -1,81 +1,92 @@
-"""Beside the vectors of an index: for each id, which shard and row hold its video, and where the video is."""
+"""Beside the vectors of an index: which video each moment is of, where the videos are, and what is common in them."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipeline.errors import IntegrityError
+from indexes.id_map import IdMap
 from pipeline.files import FileRecord
-from pipeline.store import Array, Schema, Shard, check_offsets, offsets_of, write_shard
+from pipeline.gallery import Gallery
+from pipeline.probes import Background
+from pipeline.schema import MOMENTS_SCHEMA_VERSION, Schema
+from pipeline.store import Array, Shard, check_offsets, offsets_of, write_shard
+from pipeline.types import Float32, Int64
 
 LOOKUP_FILE = "videos.h5"
 LOOKUP: Schema = {
-    "ids": ("<i8", 1),
-    "shards": ("<i4", 1),
-    "rows": ("<i4", 1),
+    "keys": ("<i8", 1),
+    "counts": ("<i4", 1),
+    "places": ("<i8", 2),
     "paths": ("|u1", 1),
     "path_offsets": ("<i8", 1),
+    "moment_ids": ("<i8", 1),
+    "moment_videos": ("<i4", 1),
+    "frame_mean": ("<f4", 1),
+    "unrelated": ("<f4", 1),
 }
 
 
-def index_id(video_id: str) -> int:
-    """The 64-bit id of a video in an index: 63 bits of a hash, the same in every collection."""
-    return int.from_bytes(hashlib.sha256(video_id.encode()).digest()[:8], "big") >> 1
-
-
 class Lookup(Shard):
-    """For each id of an index: which shard and row hold its video, and its path. Sorted by id."""
+    """What an index says of its videos, which are numbered by ascending key.
 
-    kind, schema = "lookup", LOOKUP
+    Attributes:
+        id_map: From the ids of the index to the videos.
+        background: What a query scores where nothing matches.
+    """
+
+    kind, schema, version = "lookup", LOOKUP, MOMENTS_SCHEMA_VERSION
 
     def _read_videos(self) -> None:
-        self.ids: NDArray[np.int64] = self._datasets["ids"][:]
-        if np.any(self.ids[1:] <= self.ids[:-1]):
-            raise ValueError("ids are not sorted and unique")
-        self._check_length(len(self.ids), "shards", "rows")
-        self._check_length(len(self.ids) + 1, "path_offsets")
-        self._path_offsets: NDArray[np.int64] = self._datasets["path_offsets"][:]
-        check_offsets("path_offsets", self._path_offsets, len(self._datasets["paths"]))
+        get = self._datasets
+        self.id_map = IdMap(*(get[name][:] for name in ("keys", "counts", "moment_ids", "moment_videos")))
+        if np.any(self.id_map.keys[1:] <= self.id_map.keys[:-1]):
+            raise ValueError("keys are not sorted and unique")
+        self._places: Int64 = get["places"][:]
+        self._path_offsets: Int64 = get["path_offsets"][:]
+        if self._places.shape != (len(self), 2) or len(self._path_offsets) != len(self) + 1:
+            raise ValueError("columns of different lengths")
+        check_offsets("path_offsets", self._path_offsets, len(get["paths"]))
+        unrelated = get["unrelated"][:].tolist()
+        self.background = Background(get["frame_mean"][:], unrelated[0] if unrelated else None)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.id_map.keys)
 
-    def find(self, identifier: int) -> tuple[int, int, str]:
-        """(shard number, row, path) of an id.
-
-        Raises:
-            IntegrityError: The index holds an id that this file does not.
-        """
-        at = int(np.searchsorted(self.ids, identifier))
-        if at == len(self.ids) or self.ids[at] != identifier:
-            raise IntegrityError(f"{self.path}: no id {identifier}, which the index holds", "Run 'fineco index'.")
-        start, stop = self._path_offsets[at : at + 2].tolist()
+    def find(self, video: int) -> tuple[int, int, str]:
+        """Commit, row and path of a video by its number."""
+        start, stop = self._path_offsets[video : video + 2].tolist()
         path = bytes(self._datasets["paths"][start:stop]).decode("utf-8", "surrogateescape")
-        return int(self._datasets["shards"][at]), int(self._datasets["rows"][at]), path
+        return *self.place(video), path
+
+    def place(self, video: int) -> tuple[int, int]:
+        """Commit and row of a video by its number."""
+        number, row = self._places[video].tolist()
+        return number, row
 
     def places(self) -> dict[int, list[tuple[int, int]]]:
-        """Shard number -> (row, id) of every video in it."""
+        """Commit -> (row, number of the video) of every video in its shard."""
         found: dict[int, list[tuple[int, int]]] = {}
-        columns = (self._datasets["shards"][:].tolist(), self._datasets["rows"][:].tolist(), self.ids.tolist())
-        for number, row, identifier in zip(*columns, strict=True):
-            found.setdefault(number, []).append((row, identifier))
+        for video, (number, row) in enumerate(self._places.tolist()):
+            found.setdefault(number, []).append((row, video))
         return found
 
 
-def write_lookup(path: Path, rows: Sequence[tuple[int, int, int, str]]) -> FileRecord:
-    """Writes (id, shard number, row, path) of every video of an index."""
-    ordered = sorted(rows)
-    paths = [row[3].encode("utf-8", "surrogateescape") for row in ordered]
+def write_lookup(path: Path, gallery: Gallery, background: Background) -> FileRecord:
+    """Writes what `Lookup` reads."""
+    paths = [p.encode("utf-8", "surrogateescape") for p in gallery.paths]
+    unrelated: list[float] = [] if background.unrelated is None else [background.unrelated]
+    frame_mean: Float32 = background.frame_mean
     arrays: dict[str, Array] = {
-        "ids": np.array([row[0] for row in ordered], np.int64),
-        "shards": np.array([row[1] for row in ordered], np.int32),
-        "rows": np.array([row[2] for row in ordered], np.int32),
+        "keys": gallery.id_map.keys,
+        "counts": gallery.id_map.counts,
+        "places": gallery.places,
         "paths": np.frombuffer(b"".join(paths), np.uint8),
         "path_offsets": offsets_of([len(p) for p in paths]),
+        "moment_ids": gallery.id_map.ids,
+        "moment_videos": gallery.id_map.videos,
+        "frame_mean": frame_mean,
+        "unrelated": np.array(unrelated, np.float32),
     }
-    return write_shard(path, "lookup", LOOKUP, arrays)
+    return write_shard(path, "lookup", LOOKUP, arrays, MOMENTS_SCHEMA_VERSION)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from indexes.generations import current_generation, read_sidecar
+from indexes.id_map import video_key
 from models.base import Encoder
 from pipeline import commands, store
 from pipeline.catalog import content_digest
@@ -29,7 +30,7 @@ from pipeline.files import record_of, seal, write_bytes, write_pointer
 from pipeline.indexing import build_collection_index
 from pipeline.interrupts import Interrupts
 from pipeline.lock import Lock
-from pipeline.lookup import LOOKUP_FILE, Lookup, index_id
+from pipeline.lookup import LOOKUP_FILE, Lookup
 from pipeline.output import number_of, visible
 from pipeline.reselect import select_stored
 from pipeline.run import Selecting
@@ -68,7 +69,7 @@ def repair_collection(
                 _keep_whole_rows(writer, name, machine.say)
         lost = lost_rows(writer)
     hopeless = _make_again(folder, lost, machine, encoder)
-    _mend_index(folder, found, machine)
+    _mend_index(folder, found, machine, encoder)
     found = examine(folder, machine.say)
     return found, hopeless
 
@@ -176,7 +177,7 @@ def _keep_whole_rows(writer: Writer, name: str, say: Callable[[str], None]) -> N
     by_index = _paths_of_index(writer.collection.folder) if wanted.keys() - known.keys() else {}
     lost = []
     for video_id in sorted(wanted.keys() - kept.keys()):
-        path = known[video_id].outcome.path if video_id in known else by_index.get(index_id(video_id), "")
+        path = known[video_id].outcome.path if video_id in known else by_index.get(video_key(video_id), "")
         texts = known[video_id].texts if video_id in known else ()
         outcome = Outcome(video_id, path, "failed", "repair", "damaged", f"its rows in {name} were damaged")
         lost.append(Row(outcome, wanted[video_id], texts=texts))
@@ -200,7 +201,7 @@ def _known_rows(writer: Writer, contents: dict[str, str]) -> dict[str, Row]:
 def _paths_of_index(folder: Path) -> dict[int, str]:
     """Where the index says that videos are: all that is left of one whose line in a commit is lost."""
     with contextlib.suppress(FinecoError), Lookup(current_generation(folder / INDEX) / LOOKUP_FILE) as lookup:
-        return {identifier: lookup.find(identifier)[2] for identifier in lookup.ids.tolist()}
+        return {key: lookup.find(video)[2] for video, key in enumerate(lookup.id_map.keys.tolist())}
     return {}
 
 
@@ -271,17 +272,21 @@ def _select_again(
         select_stored(writer, make_selecting, name, progress, interrupts, ids)
 
 
-def _mend_index(folder: Path, found: Examination, machine: commands.Machine) -> None:
+def _mend_index(folder: Path, found: Examination, machine: commands.Machine, encoder: Encoder | None) -> None:
     """Builds the index again when it is damaged, or when what it names lies elsewhere now."""
     if not (folder / INDEX).exists():
         return
     kind = "auto"
+    collection = Collection(folder)
+    get_encoder = commands.EncoderOnDemand(collection.config, collection, machine, encoder)
     with contextlib.suppress(FinecoError):
         kind = read_sidecar(current_generation(folder / INDEX)).extra.get("requested_kind", "auto")
     try:
-        with Collection(folder).writing(this_command()) as writer:
+        with collection.writing(this_command()) as writer:
             force = bool(found.damaged(INDEX))
-            report = build_collection_index(writer, kind, None, machine.say, force=force, bury=False)
+            report = build_collection_index(
+                writer, kind, None, machine.say, force=force, bury=False, get_encoder=get_encoder
+            )
     except UsageError as error:  # nothing is left to index
         machine.say(error.message)
         return

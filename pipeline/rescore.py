@@ -1,7 +1,7 @@
 """Re-scoring at search time: FineCo with the query as the text, against the stored frames of each candidate.
 
-The index proposes candidates by their pooled vectors; here the query meets the frames themselves, which gives the
-candidate's final score and the moments that match (docs/METHOD.md section 3).
+The index proposes candidates by their moments; here the query meets the frames themselves, which gives the candidate's
+final score and the moments that match (docs/METHOD.md section 3).
 
 The score is the softmax-weighted mean of the frame cosines, at the encoder's own temperature (1 / logit scale): frames
 weigh as the contrastive loss would have them weigh. Its ends are max (temperature 0) and VideoCLIP's pair score, the
@@ -16,16 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.select import cosines
-from pipeline.types import Float32, Float64, Moment, check_shape, check_times
+from pipeline.types import Float32, Moment, Moments, check_shape
 
 MOMENT_LEVEL = 0.5
 # Where between the query's background and the video's best frame a moment begins. Cosines of different encoders and
 # queries live on different scales (0.2 can be excellent), so no fixed threshold can serve; halfway is the usual
 # definition of a peak's width.
 
-MAX_GAP_SPANS = 2.5
-# Two stored frames with one unkept sample between them are 2 spans apart, with two between them 3; samples jitter by
-# up to a source frame, so the limit lies in the middle. What was not kept is unknown, not a mismatch.
+SURE_TEMPERATURES = 2.0
+# Two frames whose cosines differ by less than this many temperatures match the query about as well, in the eyes of the
+# loss that made them: the odds are below e**2. However near the background is, so much does not end a moment.
+
+MAX_GAP_SPANS = 1.5
+# One sample between two scenes that was not kept is a gap of one span, two are 2; samples jitter by up to a source
+# frame, so the limit lies in the middle. What was not kept is unknown, not a mismatch.
 
 
 def score_frames(query: Float32, features: Float32) -> Float32:
@@ -39,64 +43,66 @@ def rescore(frame_scores: Float32, offsets: NDArray[np.integer], temperature: fl
     """Scores of C videos from the cosines of their stored frames.
 
     Args:
-        frame_scores: (M,) float32, the frames of all videos one after another.
+        frame_scores: (..., M) float32, the frames of all videos one after another, for any number of queries.
         offsets: (C + 1,) from 0 to M, increasing: video c has the frames [offsets[c], offsets[c + 1]).
         temperature: Of the softmax; above 0.
 
     Returns:
-        (C,) float32 cosines. A video's score does not depend on the others.
+        (..., C) float32 cosines. A video's score does not depend on the others.
 
     Raises:
         ValueError: The offsets do not divide the frames, a video has none, or the temperature is not above 0.
     """
-    check_shape("frame_scores", frame_scores, (None,), np.float32)
-    lengths = np.diff(offsets)
-    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(frame_scores) or np.any(lengths < 1):
-        raise ValueError(f"offsets do not divide {len(frame_scores)} frames into videos of at least one frame")
+    check_shape("frame_scores", frame_scores, (None,) * max(frame_scores.ndim, 1), np.float32)
+    lengths, n_frames = np.diff(offsets), frame_scores.shape[-1]
+    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != n_frames or np.any(lengths < 1):
+        raise ValueError(f"offsets do not divide {n_frames} frames into videos of at least one frame")
     if not temperature > 0:
         raise ValueError(f"a temperature of {temperature}: it lies above 0")
     if len(lengths) == 0:
-        return np.empty(0, np.float32)
-    scores = frame_scores.astype(np.float64)
-    best = np.repeat(np.maximum.reduceat(scores, offsets[:-1]), lengths)
+        return np.empty((*frame_scores.shape[:-1], 0), np.float32)
+    scores, starts = frame_scores.astype(np.float64), offsets[:-1]
+    best = np.repeat(np.maximum.reduceat(scores, starts, axis=-1), lengths, axis=-1)
     weights = np.exp((scores - best) / temperature)
-    means = np.add.reduceat(weights * scores, offsets[:-1]) / np.add.reduceat(weights, offsets[:-1])
+    means = np.add.reduceat(weights * scores, starts, axis=-1) / np.add.reduceat(weights, starts, axis=-1)
     return means.astype(np.float32)
 
 
 def find_moments(
     frame_scores: Float32,
-    pts_seconds: Float64,
+    stored: Moments,
     span_seconds: float,
     background: float,
+    temperature: float,
     duration: float | None = None,
 ) -> tuple[Moment, ...]:
-    """The parts of a video that match the query: runs of stored frames whose score stands out.
+    """The parts of a video that match the query: stored moments whose best frame stands out, joined where they meet.
+
+    A moment of the store is never divided: its frames look alike, whatever is asked.
 
     Args:
-        frame_scores: (K,) float32, K >= 1, cosines of the query with the stored frames, in order of time.
-        pts_seconds: (K,) float64, non-decreasing.
+        frame_scores: (K,) float32, cosines of the query with the kept frames, in order of time.
+        stored: The moments of these frames.
         span_seconds: What one frame covers.
-        background: What this query scores where nothing matches: the median frame score over all candidates.
+        background: What this query scores where nothing matches (`pipeline.probes.Background`).
+        temperature: Of the encoder.
         duration: Of the video in seconds, where known; no moment ends after it.
 
     Returns:
-        At least one moment (the best frame belongs always), the best first; of equal scores the earlier first.
+        At least one moment (that of the best frame belongs always), the best first; of equal scores the earlier first.
     """
-    check_shape("frame_scores", frame_scores, (None,), np.float32)
-    check_times("pts_seconds", pts_seconds, len(frame_scores))
-    if len(frame_scores) == 0:
-        raise ValueError("a video without frames has no moments")
-    best = float(frame_scores.max())
-    level = min(best, background + MOMENT_LEVEL * (best - background))  # the best frame counts below the background too
-    members = np.flatnonzero(frame_scores >= level)
-    too_far = np.diff(pts_seconds[members]) > MAX_GAP_SPANS * span_seconds
-    frame_between = np.diff(members) > 1  # a stored frame that does not match
-    runs = np.split(members, np.flatnonzero(too_far | frame_between) + 1)
+    check_shape("frame_scores", frame_scores, (int(stored.n_frames.sum()),), np.float32)
+    scores = np.maximum.reduceat(frame_scores, stored.offsets[:-1])
+    best = float(scores.max())
+    level = best - max(MOMENT_LEVEL * (best - background), SURE_TEMPERATURES * temperature)
+    members = np.flatnonzero(scores >= level)
+    gaps = stored.start_seconds[members[1:]] - stored.end_seconds[members[:-1]]
+    apart = np.diff(members) > 1  # a stored moment that does not match
+    runs = np.split(members, np.flatnonzero(apart | (gaps > MAX_GAP_SPANS * span_seconds)) + 1)
     moments = []
     for run in runs:
-        start, end = float(pts_seconds[run[0]]), float(pts_seconds[run[-1]]) + span_seconds
+        start, end = float(stored.start_seconds[run[0]]), float(stored.end_seconds[run[-1]])
         if duration is not None:
             end = max(start, min(end, duration))  # a container may state less than it holds
-        moments.append(Moment(start, end, float(frame_scores[run].max())))
+        moments.append(Moment(start, end, float(scores[run].max())))
     return tuple(sorted(moments, key=lambda moment: -moment.score))  # equal scores stay in order of time

@@ -88,7 +88,7 @@ class Summary:
             selectors = ", ".join(f"{n} by {selector}" for selector, n in self.selectors.most_common())
             lines.append(f"{self.n_kept} of {self.n_frames} frames kept; videos: {selectors}")
         if self.selectors["uniform"] and self.selectors["caption"]:
-            lines.append("videos without text of their own were sampled uniformly")
+            lines.append("videos without text of their own keep frames that cover them (uniform)")
         if self.codes:
             lines.append("not done: " + ", ".join(f"{n} {code}" for code, n in self.codes.most_common()))
         return [*lines, *self.notes]

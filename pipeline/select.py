@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
+from pipeline.moments import divide_in_time, moments_of, pool, typical_frames
 from pipeline.types import (
     Bool,
     Float32,
@@ -46,8 +47,6 @@ PAD_SECONDS = 1.0
 # at the default of 1 frame/s it lets a cue shorter than a second still meet the frame before it and the one after it.
 
 LEAST_COSINE = -1.0  # the score of a frame that no text speaks of: below every frame that one does
-
-SHORTEST_MEAN = 1e-5  # a mean of unit vectors shorter than this is rounding noise without a direction
 
 RATIO_SLACK = 1e-9  # 0.07 * 100 is 7.000000000000001 in binary; without this its ceiling would be 8
 
@@ -140,7 +139,7 @@ def select_frames(
         check_shape("predicted", predicted, (len(h),), np.float32)
         return Selection(predicted, best_of_parts(predicted, keep), "scorer")
     if selector == "uniform":
-        return uniform(len(h), keep)
+        return uniform(h, keep)
     if selector == "all":
         return Selection(np.zeros(len(h), np.float32), np.ones(len(h), np.bool_), "all")
     raise UsageError(f"unknown selector {selector!r}", f"choose one of {', '.join(SELECTORS)}")
@@ -166,7 +165,7 @@ def caption(features: FrameFeatures, keep: Keep, texts: Sequence[TimedText], tex
         kept[positives] = True
         best_of_a_text[positives[0]] = True
     if not kept.any():
-        return uniform(len(h), keep)
+        return uniform(h, keep)
     if keep.count is not None and kept.sum() > keep.count:
         frames = np.flatnonzero(kept)
         # the last key decides first; frames equal in both stay in order of time
@@ -183,12 +182,23 @@ def topics(h: Float32, keep: Keep, text_vectors: Float32) -> Selection:
     return Selection(s, highest(s, keep), "topics")
 
 
-def uniform(n_frames: int, keep: Keep) -> Selection:
-    """The control: the middles of K equal parts of the T frames, floor((i + 1/2) * T / K)."""
+def uniform(h: Float32, keep: Keep) -> Selection:
+    """What covers the video without any text: the most typical frame of each of K groups in time.
+
+    The groups are where the video changes least (`pipeline.moments`), so a short scene counts as much as a long one;
+    docs/STUDY.md measures them against evenly spaced frames.
+    """
+    kept = np.zeros(len(h), np.bool_)
+    kept[typical_frames(h, divide_in_time(h, n_kept(keep, len(h))))] = True
+    return Selection(np.zeros(len(h), np.float32), kept, "uniform")
+
+
+def evenly_spaced(n_frames: int, keep: Keep) -> Bool:
+    """Which frames are the middles of K equal parts of the T frames, floor((i + 1/2) * T / K): the control."""
     n = n_kept(keep, n_frames)
     kept = np.zeros(n_frames, np.bool_)
     kept[(2 * np.arange(n) + 1) * n_frames // (2 * n)] = True  # in whole numbers, so no rounding moves a frame
-    return Selection(np.zeros(n_frames, np.float32), kept, "uniform")
+    return kept
 
 
 def frames_of(text: TimedText, features: FrameFeatures) -> slice:
@@ -236,28 +246,15 @@ def best_of_parts(s: Float32, keep: Keep) -> Bool:
     return kept
 
 
-def pool(h: Float32, s: Float32) -> Float32:
-    """The video's vector: the L2-normalised mean of the kept rows `h` (K, D), with their scores `s` (K,).
-
-    Rows that cancel each other have no mean direction; then the best-scored row stands for the video.
-    """
-    mean = h.mean(axis=0, dtype=np.float32)
-    norm = np.linalg.norm(mean)
-    if norm < SHORTEST_MEAN:
-        mean = h[np.argmax(s)]
-        norm = np.linalg.norm(mean)
-    vector: Float32 = mean / norm
-    return vector
-
-
 def embed_video(features: FrameFeatures, selection: Selection) -> VideoEmbedding:
-    """What the store, the index and the search need of the video: the pooled vector and the kept frames."""
+    """What the store, the index and the search need of the video: kept frames, their moments, the pooled vector."""
     check_shape("kept", selection.kept, (len(features.features),), np.bool_)
     h, s = features.features[selection.kept], selection.scores[selection.kept]
     return VideoEmbedding(
         video_id=features.video_id,
         vector=pool(h, s),
         features=h,
+        moments=moments_of(features, selection.kept, selection.scores),
         pts_seconds=features.pts_seconds[selection.kept],
         scores=s,
         span_seconds=features.span_seconds,

@@ -9,7 +9,7 @@ the digests of whole files.
 
     frames/N.h5                  what `decode` leaves: the sampled frames as JPEG
     features/N.h5                what `embed` leaves: features of every sampled frame, float16
-    embeddings/SELECTION/N.h5    what `select` leaves: kept frames, their scores, the pooled vector
+    embeddings/SELECTION/N.h5    what `select` leaves: kept frames, their scores and moments, the pooled vector
     index/GENERATION/videos.h5   what `index` leaves beside the vectors (pipeline.lookup)
 """
 
@@ -29,41 +29,25 @@ from numpy.typing import NDArray
 
 from pipeline.errors import IntegrityError
 from pipeline.files import FileRecord, write_bytes
-from pipeline.types import Float32, Float64, FrameFeatures, UInt8, VideoEmbedding, check_times
-
-SCHEMA_VERSION = 2
-ID_BYTES = 128  # a manifest's longest id
-CONTENT_BYTES = 32
-ROW_DIGEST_BYTES = 16
-KIND_DTYPE = "S16"  # of a shard's attribute
+from pipeline.schema import (
+    BY_FRAME,
+    BY_MOMENT,
+    BY_VIDEO,
+    CONTENT_BYTES,
+    EMBEDDINGS,
+    FEATURES,
+    FRAMES,
+    ID_BYTES,
+    KIND_DTYPE,
+    MOMENTS_SCHEMA_VERSION,
+    ROW_DIGEST_BYTES,
+    SCHEMA_VERSION,
+    Schema,
+)
+from pipeline.types import Float32, Float64, FrameFeatures, Int64, Moments, UInt8, VideoEmbedding, check_times
 
 Array = NDArray[Any]
 Made = TypeVar("Made")
-# name -> (dtype, rank). Lengths: V videos, M rows of all of them, D dimensions; offsets have V + 1 entries.
-Schema = Mapping[str, tuple[str, int]]
-
-_VIDEOS: dict[str, tuple[str, int]] = {
-    "video_ids": (f"S{ID_BYTES}", 1),
-    "contents": (f"S{CONTENT_BYTES}", 1),
-    "offsets": ("<i8", 1),
-    "pts_seconds": ("<f8", 1),
-    "span_seconds": ("<f8", 1),
-    "duration_seconds": ("<f8", 1),
-    "row_digests": ("|u1", 2),
-}
-# How a video's part of a dataset is found: by its row, by its frames' rows, or not at all.
-_BY_VIDEO = ("video_ids", "contents", "span_seconds", "duration_seconds", "vectors", "n_frames", "selectors")
-_BY_FRAME = ("pts_seconds", "features", "scores")
-FRAMES: Schema = {**_VIDEOS, "jpeg": ("|u1", 1), "jpeg_offsets": ("<i8", 1)}
-FEATURES: Schema = {**_VIDEOS, "features": ("<f2", 2)}
-EMBEDDINGS: Schema = {
-    **_VIDEOS,
-    "features": ("<f2", 2),
-    "scores": ("<f4", 1),
-    "vectors": ("<f4", 2),
-    "n_frames": ("<i8", 1),
-    "selectors": ("S16", 1),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +78,10 @@ def round_features(features: Float32) -> Float32:
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def write_shard(path: Path, kind: str, schema: Schema, arrays: Mapping[str, Array]) -> FileRecord:
-    """Writes arrays as one file, whole or absent.
+def write_shard(
+    path: Path, kind: str, schema: Schema, arrays: Mapping[str, Array], version: int = SCHEMA_VERSION
+) -> FileRecord:
+    """Writes arrays as one file of a kind and version, whole or absent.
 
     Raises:
         FinecoError: The disk refuses; nothing is left under the name.
@@ -105,7 +91,7 @@ def write_shard(path: Path, kind: str, schema: Schema, arrays: Mapping[str, Arra
         columns["row_digests"] = _row_digests(kind, columns)
     with h5py.File(path.name, "w", driver="core", backing_store=False, libver="v110", track_order=True) as file:
         file.attrs.create("kind", kind.encode(), dtype=KIND_DTYPE)
-        file.attrs.create("schema", SCHEMA_VERSION, dtype="<i8")
+        file.attrs.create("schema", version, dtype="<i8")
         for name in schema:
             file.create_dataset(name, data=columns[name], track_times=False)
         file.flush()
@@ -118,14 +104,17 @@ def _pieces_of(row: int, columns: Mapping[str, Any], offsets: NDArray[np.int64])
     where = slice(int(offsets[row]), int(offsets[row + 1]))
     pieces = {}
     for name, column in columns.items():
-        if name in _BY_VIDEO:
+        if name in BY_VIDEO:
             pieces[name] = np.asarray(column[row : row + 1])
-        elif name in _BY_FRAME:
+        elif name in BY_FRAME:
             pieces[name] = np.asarray(column[where])
         elif name == "jpeg_offsets":
             ends = np.asarray(column[where.start : where.stop + 1])
             pieces["jpeg"] = np.asarray(columns["jpeg"][int(ends[0]) : int(ends[-1])])
             pieces[name] = ends - ends[0]
+        elif name == "moment_offsets":
+            first, end = np.asarray(column[row : row + 2]).tolist()
+            pieces |= {moments: np.asarray(columns[moments][first:end]) for moments in BY_MOMENT}
     return pieces
 
 
@@ -189,7 +178,13 @@ def write_embeddings(path: Path, rows: Sequence[tuple[StoredVideo, VideoEmbeddin
     arrays["vectors"] = np.stack([e.vector for e in embeddings])
     arrays["n_frames"] = np.array([e.n_frames for e in embeddings], np.int64)
     arrays["selectors"] = np.array([e.selector.encode() for e in embeddings], "S16")
-    return write_shard(path, "embeddings", EMBEDDINGS, arrays)
+    moments = [e.moments for e in embeddings]
+    arrays["moment_offsets"] = offsets_of([len(m) for m in moments])
+    arrays["moment_vectors"] = np.concatenate([m.vectors for m in moments], dtype=np.float16, casting="same_kind")
+    arrays["moment_starts"] = np.concatenate([m.start_seconds for m in moments])
+    arrays["moment_ends"] = np.concatenate([m.end_seconds for m in moments])
+    arrays["moment_frames"] = np.concatenate([m.n_frames for m in moments])
+    return write_shard(path, "embeddings", EMBEDDINGS, arrays, MOMENTS_SCHEMA_VERSION)
 
 
 def copy_rows(path: Path, rows: Sequence[Rows]) -> FileRecord:
@@ -200,7 +195,9 @@ def copy_rows(path: Path, rows: Sequence[Rows]) -> FileRecord:
         arrays[name] = np.concatenate([r.pieces[name] for r in rows])
     if "jpeg_offsets" in arrays:
         arrays["jpeg_offsets"] = offsets_of(np.concatenate([np.diff(r.pieces["jpeg_offsets"]) for r in rows]).tolist())
-    return write_shard(path, kind, _TYPES[kind].schema, arrays)
+    if "moment_frames" in arrays:
+        arrays["moment_offsets"] = offsets_of([len(r.pieces["moment_frames"]) for r in rows])
+    return write_shard(path, kind, _TYPES[kind].schema, arrays, _TYPES[kind].version)
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -230,6 +227,7 @@ class Shard:
 
     kind: ClassVar[str]
     schema: ClassVar[Schema]
+    version: ClassVar[int] = SCHEMA_VERSION
 
     def __init__(self, path: Path, whole: bool = False) -> None:
         self.path = path
@@ -264,9 +262,9 @@ class Shard:
         """The datasets by name, after everything about them that could be a lie or a trap was looked at."""
         if (self._attribute("kind", KIND_DTYPE), self._attribute("schema", "<i8")) != (
             self.kind.encode(),
-            SCHEMA_VERSION,
+            self.version,
         ):
-            raise ValueError(f"not a {self.kind} shard of schema {SCHEMA_VERSION}")
+            raise ValueError(f"not a {self.kind} shard of schema {self.version}")
         size = self.path.stat().st_size
         datasets = {}
         for name, (dtype, rank) in self.schema.items():
@@ -425,13 +423,17 @@ def map_features(path: Path) -> tuple[NDArray[np.float16], Float64]:
 
 
 class EmbeddingsShard(Shard):
-    """Kept frames and pooled vectors of one selection."""
+    """Kept frames, moments and pooled vectors of one selection."""
 
-    kind, schema = "embeddings", EMBEDDINGS
+    kind, schema, version = "embeddings", EMBEDDINGS, MOMENTS_SCHEMA_VERSION
 
     def _check_lengths(self) -> None:
         self._check_length(int(self.offsets[-1]), "features", "scores")
         self._check_length(len(self), "vectors", "n_frames", "selectors")
+        self.moment_offsets: Int64 = self._datasets["moment_offsets"][:]
+        self._check_length(len(self) + 1, "moment_offsets")
+        check_offsets("moment_offsets", self.moment_offsets, len(self._datasets["moment_frames"]))
+        self._check_length(int(self.moment_offsets[-1]), *BY_MOMENT)
 
     @property
     def dim(self) -> int:
@@ -442,6 +444,18 @@ class EmbeddingsShard(Shard):
         """(V, D) pooled unit vectors. The digest of the whole file is for the caller to check."""
         vectors: Float32 = self._datasets["vectors"][:]
         return vectors
+
+    def moment_vectors(self) -> Float32:
+        """(M, D) unit vectors of the moments of all videos: video v has [moment_offsets[v], moment_offsets[v + 1]).
+        The digest of the whole file is for the caller to check."""
+        vectors: Float32 = self._datasets["moment_vectors"][:].astype(np.float32)
+        return vectors
+
+    def all_features(self) -> Float32:
+        """(M, D) unit rows of the kept frames of all videos: video v has [offsets[v], offsets[v + 1]).
+        The digest of the whole file is for the caller to check."""
+        features: Float32 = self._datasets["features"][:].astype(np.float32)
+        return features
 
     def check_row(self, row: int) -> None:
         self.embedding(row)
@@ -454,6 +468,12 @@ class EmbeddingsShard(Shard):
                 self.video_ids[row],
                 pieces["vectors"][0],
                 pieces["features"].astype(np.float32),
+                Moments(
+                    pieces["moment_vectors"].astype(np.float32),
+                    pieces["moment_starts"],
+                    pieces["moment_ends"],
+                    pieces["moment_frames"],
+                ),
                 pieces["pts_seconds"],
                 pieces["scores"],
                 float(self.spans[row]),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
 UInt8 = NDArray[np.uint8]
 Bool = NDArray[np.bool_]
 
@@ -169,12 +170,53 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
+class Moments:
+    """The M moments of one video, in order of time: what the index holds.
+
+    Attributes:
+        vectors: (M, D) float32 unit rows: normalised means of the moments' kept frames.
+        start_seconds, end_seconds: (M,) float64: what they cover; no two overlap.
+        n_frames: (M,) int64: how many of the video's kept frames each has, which follow one another.
+    """
+
+    vectors: Float32
+    start_seconds: Float64
+    end_seconds: Float64
+    n_frames: Int64
+
+    def __post_init__(self) -> None:
+        n = len(self.vectors)
+        check_shape("vectors", self.vectors, (None, None), np.float32)
+        check_shape("start_seconds", self.start_seconds, (n,), np.float64)
+        check_shape("end_seconds", self.end_seconds, (n,), np.float64)
+        check_shape("n_frames", self.n_frames, (n,), np.int64)
+        if n == 0 or self.n_frames.min() < 1:
+            raise ValueError("a video has at least one moment, and a moment at least one frame")
+        check_unit_rows("vectors", self.vectors)
+        edges = np.stack([self.start_seconds, self.end_seconds], axis=1).reshape(-1)
+        if not np.all(np.isfinite(edges)) or np.any(edges[1:] < edges[:-1]):
+            raise ValueError("moments overlap, or are not in order of time")
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __repr__(self) -> str:
+        return f"Moments({len(self)} of {int(self.n_frames.sum())} frames)"
+
+    @property
+    def offsets(self) -> Int64:
+        """(M + 1,): moment m has the kept frames [offsets[m], offsets[m + 1])."""
+        return np.concatenate([[0], np.cumsum(self.n_frames)])
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class VideoEmbedding:
     """What the index and the search need of a video.
 
     Attributes:
         vector: (D,) float32 unit: normalised mean of the kept features.
         features: (K, D) float32 unit rows of the kept frames, in order of time.
+        moments: What the kept frames are pooled to, scene by scene.
         pts_seconds, scores: (K,) of the kept frames.
         span_seconds: What one row covers.
         n_frames: How many frames were sampled (N).
@@ -184,6 +226,7 @@ class VideoEmbedding:
     video_id: str
     vector: Float32
     features: Float32
+    moments: Moments
     pts_seconds: Float64
     scores: Float32
     span_seconds: float
@@ -199,9 +242,14 @@ class VideoEmbedding:
         check_unit_rows("features", self.features)
         if not 1 <= len(self.features) <= self.n_frames:
             raise ValueError(f"{len(self.features)} frames kept of {self.n_frames}")
+        if self.moments.vectors.shape[1] != len(self.vector) or self.moments.n_frames.sum() != len(self.features):
+            raise ValueError(f"{self.moments} are not of {len(self.features)} kept frames of {len(self.vector)} values")
+        first, last = self.pts_seconds[self.moments.offsets[:-1]], self.pts_seconds[self.moments.offsets[1:] - 1]
+        if np.any(first < self.moments.start_seconds) or np.any(last > self.moments.end_seconds):
+            raise ValueError("a kept frame lies outside its moment")
 
     def __repr__(self) -> str:
-        return f"VideoEmbedding({self.video_id!r}, kept {len(self.features)} of {self.n_frames})"
+        return f"VideoEmbedding({self.video_id!r}, kept {len(self.features)} of {self.n_frames}, {self.moments})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +263,10 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One answer: `rank` from 1, `score` the cosine after re-scoring, `moments` best first."""
+    """One answer: `rank` from 1, `score` the cosine after re-scoring, `moments` best first.
+
+    Where moments are asked for one by one, `moments` is the one that was found and `score` is its score.
+    """
 
     rank: int
     video_id: str

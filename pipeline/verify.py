@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from indexes.generations import check_generation, current_generation, read_sidecar
+from indexes.id_map import video_key
 from pipeline import store
 from pipeline.collection import CONFIG_FILE, CURRENT, FIRST, OUTCOMES, Collection, Snapshot
 from pipeline.commits import EMBEDDINGS, FEATURES, FRAMES, INDEX, Row, State, place_of
 from pipeline.errors import FinecoError, IntegrityError, UsageError
 from pipeline.files import TEMPORARY_SUFFIX, FileRecord, check_file
-from pipeline.lookup import LOOKUP_FILE, Lookup, index_id
+from pipeline.lookup import LOOKUP_FILE, Lookup
 from pipeline.output import number_of, visible
 from pipeline.types import Float32
 
@@ -204,35 +205,36 @@ def _check_index(found: Examination) -> None:
     with _noticing(found, INDEX):
         try:
             generation = current_generation(folder)
+            sidecar = read_sidecar(generation)
         except UsageError:
-            return  # none yet
-        sidecar = read_sidecar(generation)
+            return  # none yet, or one of an earlier version
         check_generation(generation, sidecar, full=True)
-        found.n_indexed = sidecar.report.n_vectors
+        found.n_indexed = sidecar.report.n_videos
         with Lookup(generation / LOOKUP_FILE) as lookup:
-            ids = lookup.ids
-            _check_ids(found, generation, sidecar.selection, ids, sidecar.extra.get("content"))
+            _check_ids(found, generation, sidecar.selection, lookup, sidecar.extra.get("content"))
             _check_vectors(found, generation, sidecar.selection, lookup)
 
 
-def _check_ids(found: Examination, generation: Path, selection: str, ids: Any, content: object) -> None:
-    """The ids of FAISS and of the lookup are the same; those of an index that is up to date are those of the store."""
+def _check_ids(found: Examination, generation: Path, selection: str, lookup: Lookup, content: object) -> None:
+    """FAISS and the lookup have the same moments; the videos of an index that is up to date are those of the store."""
     from indexes.search import stored_ids
 
-    if not np.array_equal(np.sort(stored_ids(generation)), ids):
-        raise IntegrityError(f"{generation}: the vectors and the lookup beside them are not of the same videos")
+    if not np.array_equal(np.sort(stored_ids(generation)), lookup.id_map.ids):
+        raise IntegrityError(f"{generation}: the vectors and the list beside them are not of the same moments")
     if content == found.state.index_content(selection):
-        wanted = np.sort(np.array([index_id(v) for v in found.state.indexable(selection)], np.int64))
-        if not np.array_equal(wanted, ids):
-            raise IntegrityError(f"{generation}: {len(ids)} videos, the store has {len(wanted)} of this selection")
+        wanted = np.sort(np.array([video_key(v) for v in found.state.indexable(selection)], np.int64))
+        if not np.array_equal(wanted, lookup.id_map.keys):
+            raise IntegrityError(f"{generation}: {len(lookup)} videos, the store has {len(wanted)} of this selection")
 
 
 def _check_vectors(found: Examination, generation: Path, selection: str, lookup: Lookup) -> None:
-    """Every video of the lookup lies in the store where it says; some of the index's vectors are compared with it."""
+    """Every video of the lookup lies in the store where it says, with as many moments; some of the index's vectors are
+    compared with it."""
     from indexes.search import stored_vectors
 
+    id_map = lookup.id_map
     rng = np.random.default_rng(SEED)
-    sampled = set(rng.permutation(lookup.ids)[:SAMPLED_VECTORS].tolist())
+    sampled = set(rng.permutation(id_map.ids)[:SAMPLED_VECTORS].tolist())
     kind = f"{EMBEDDINGS}/{selection}"
     vectors: dict[int, Float32] = {}
     for number, rows in lookup.places().items():
@@ -242,19 +244,24 @@ def _check_vectors(found: Examination, generation: Path, selection: str, lookup:
         if name not in found.records:
             raise IntegrityError(f"{generation}: it holds videos of {name}, which the store does not have")
         with store.EmbeddingsShard(found.collection.folder / name) as shard:
-            stored = shard.vectors()
-            for row, identifier in rows:
-                if row >= len(shard) or index_id(shard.video_ids[row]) != identifier:
+            stored = shard.moment_vectors()
+            for row, video in rows:
+                if row >= len(shard) or video_key(shard.video_ids[row]) != id_map.keys[video]:
                     raise IntegrityError(f"{generation}: row {row} of {name} is not the video that the lookup says")
-                if identifier in sampled:
-                    vectors[identifier] = stored[row]
+                first, end = shard.moment_offsets[row : row + 2].tolist()
+                if end - first != id_map.counts[video]:
+                    raise IntegrityError(f"{generation}: row {row} of {name} has {end - first} moments, not as many")
+                for moment, identifier in enumerate(id_map.ids_of(np.array([video])).tolist(), first):
+                    if identifier in sampled:
+                        vectors[identifier] = stored[moment]
     if not vectors:
         return
     ids = np.array(sorted(vectors), np.int64)
     wanted = np.stack([vectors[i] for i in ids.tolist()])
     factory, found_vectors = stored_vectors(generation, ids)
     least = LEAST_COSINE[factory.rpartition(",")[2]]
-    cosines = np.einsum("nd,nd->n", wanted, found_vectors) / np.maximum(np.linalg.norm(found_vectors, axis=1), 1e-12)
+    norms = np.linalg.norm(wanted, axis=1) * np.linalg.norm(found_vectors, axis=1)
+    cosines = np.einsum("nd,nd->n", wanted, found_vectors) / np.maximum(norms, 1e-12)
     if not np.all(cosines >= least):
         n = int(np.sum(~(cosines >= least)))
         raise IntegrityError(f"{generation}: {n} of {len(ids)} sampled vectors are not those of the store")
@@ -303,7 +310,7 @@ def verify_text(content: dict[str, Any]) -> str:
     if problems:
         lines.append(f"'fineco verify --repair -c {shlex.quote(content['collection'])}' makes it whole again")
     if leftovers and not problems:
-        lines.append(f"left by a process that died, and removed by the next run: {number_of(len(leftovers), 'file')}")
+        lines.append(f"of no use, and removed by the next run: {number_of(len(leftovers), 'file')}")
     lines.append(number_of(len(problems), "problem") if problems else "everything is as it was written")
     if not problems:
         lines.append(f"digest {content['digest']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,22 @@ def values(content: dict[str, Any], number: int = 0) -> dict[str, float]:
 def stored(folder: Path) -> dict[str, FrameFeatures]:
     """Features by file name without its extension."""
     return {Path(path).stem: features for path, features in small_runs.features_of(folder).items()}
+
+
+def best_score(text: Float32, moments: Sequence[Float32], temperature: float | None) -> float:
+    """The best moment's score, by slow loops in float64: of its mean vector, or of its frames by a softmax at
+    `temperature`. A moment is (T, D) unit rows."""
+    scores = []
+    for rows in moments:
+        if temperature is None:
+            mean = [sum(float(value) for value in column) for column in rows.T]
+            dot = sum(a * float(b) for a, b in zip(mean, text, strict=True))
+            scores.append(dot / math.hypot(*mean))
+        else:
+            cosines = [sum(float(a) * float(b) for a, b in zip(row, text, strict=True)) for row in rows]
+            weights = [math.exp(cosine / temperature) for cosine in cosines]
+            scores.append(sum(w * c for w, c in zip(weights, cosines, strict=True)) / sum(weights))
+    return max(scores)
 
 
 def random_unit(rng: np.random.Generator, n: int, dim: int = 8) -> Float32:

@@ -57,6 +57,12 @@ def evaluate() -> None:
 @read_options
 @subset_option
 @score_options
+@click.option(
+    "--by",
+    type=click.Choice(["video", "moments"]),
+    help="Score a clip as a whole, as papers do, or by the best of its moments, as an index finds it.  "
+    "[default: video]",
+)
 @click.option("--dual-softmax", is_flag=True, help="Also figures with a dual softmax over all queries.")
 @click.option(
     "--ties",
@@ -77,12 +83,14 @@ def retrieval(context: Context, /, annotations: Path, folder: Path | None, score
     from pipeline.annotations import read_captions
     from pipeline.evaluation.retrieval import evaluate_retrieval, evaluate_scores
 
+    if given["by"] == "moments" and given["model"]:
+        raise click.UsageError("--by moments: a --model scores whole clips; leave one of the two out.")
     rows, only = _restricted(read_captions(annotations, given["dataset"], given["subset"]), given["only"])
     dual = given["dual_softmax"]
     if folder is not None and scores is None:
         content = evaluate_retrieval(rows, _material(context, folder, given), dual, context.say)
     elif scores is not None and folder is None:
-        if useless := [name for name in ("selector", "keep", "topics", "scorer", "model") if given[name]]:
+        if useless := [name for name in ("by", "selector", "keep", "topics", "scorer", "model") if given[name]]:
             raise click.UsageError(f"--{useless[0]} has no effect on ready --scores: leave it out.")
         content = evaluate_scores(rows, scores, _options(given), dual, context.say)
     else:
@@ -196,7 +204,9 @@ def _options(given: dict[str, Any]) -> Any:
         raise click.UsageError("--keep goes with a selector: --selector uniform, for example.")
     select = SelectOptions(selector, keep, read_lines(topics, "topic") if topics else None, scorer)
     ties = given.get("ties", "average")
-    return Options(given.get("score", "rescore"), select, given.get("model"), given["draws"], given["seed"], ties)
+    by: Any = given.get("by") or "video"
+    score, draws, seed = given.get("score", "rescore"), given["draws"], given["seed"]
+    return Options(score, by, select, given.get("model"), draws, seed, ties)
 
 
 def _material(context: Context, folder: Path, given: dict[str, Any]) -> Any:

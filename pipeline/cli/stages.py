@@ -129,17 +129,28 @@ def select(context: Context, /, folder: Path, device: str, **given: Any) -> None
 @collection_option
 @kind_option
 @click.option("--memory", type=POSITIVE, help="GiB the index may take.  [default: half of what is free]")
+@click.option(
+    "--recall",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="What of an exhaustive search to find.  [default: 0.95]",
+)
 @click.option("--force", is_flag=True, help="Build even if nothing changed.")
+@device_option
 @click.pass_obj
-def index(context: Context, folder: Path, kind: str, memory: float | None, force: bool) -> None:
-    """Build the index of the selection in use.
+def index(
+    context: Context, folder: Path, kind: str, memory: float | None, recall: float | None, force: bool, device: str
+) -> None:
+    """Build the index of the selection in use, a vector a moment.
+
+    What it finds is measured against an exhaustive search, with texts (for which the encoder may be loaded) and frames,
+    and printed; below --recall a query does more.
 
     Videos whose file is gone leave it, and come back when their file does and `run` finds it.
     """
     from pipeline import commands
 
     memory_bytes = None if memory is None else int(memory * (1 << 30))
-    commands.index(folder, kind, memory_bytes, machine_from(context), force)
+    commands.index(folder, kind, memory_bytes, machine_from(context, device), force, recall_goal=recall)
 
 
 @cli.command()
@@ -149,7 +160,8 @@ def index(context: Context, folder: Path, kind: str, memory: float | None, force
 @click.option("-k", "n_hits", type=click.IntRange(min=1), default=10, show_default=True, help="Hits per query.")
 @click.option("--threshold", type=Finite(), help="Least score (cosine) of a hit.")
 @format_option
-@click.option("--no-rerank", is_flag=True, help="Rank by pooled vectors only: no re-scoring, no moments.")
+@click.option("--moments", is_flag=True, help="Moments one by one, best first, several of a video where it has them.")
+@click.option("--no-rerank", is_flag=True, help="Rank by the index only: no re-scoring, no moments.")
 @device_option
 @click.pass_obj
 def search(
@@ -161,6 +173,7 @@ def search(
     n_hits: int,
     threshold: float | None,
     form: str,
+    moments: bool,
     no_rerank: bool,
     device: str,
 ) -> None:
@@ -170,6 +183,8 @@ def search(
     """
     from pipeline.config import clean_line, read_lines
 
+    if moments and no_rerank:
+        raise click.UsageError("--moments and --no-rerank: choose one. Moments are found by re-scoring.")
     given = [clean_line(query, f"query {n}") for n, query in enumerate(queries, 1)]
     all_queries = [*given, *(read_lines(query_file, "query") if query_file else ())]
     if not all_queries:
@@ -177,7 +192,8 @@ def search(
     from pipeline import commands
     from pipeline.output import format_hits, write_stdout
 
-    answers = commands.search(folder, all_queries, n_hits, threshold, not no_rerank, machine_from(context, device))
+    machine = machine_from(context, device)
+    answers = commands.search(folder, all_queries, n_hits, threshold, not no_rerank, machine, by_moment=moments)
     write_stdout(format_hits(all_queries, answers, form))
     if not any(answers):
         sys.exit(NO_HIT)

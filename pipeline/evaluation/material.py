@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from models.base import Encoder, VideoEncoder
 from models.registry import LOCAL_FOLDERS
@@ -14,7 +14,7 @@ from pipeline import store
 from pipeline.annotations import Annotations
 from pipeline.collection import Collection, Snapshot
 from pipeline.commands import Machine
-from pipeline.commits import FEATURES
+from pipeline.commits import FEATURES, INDEX
 from pipeline.config import SelectionPlan, SelectOptions, check_encoder, plan_selection, sampling_of
 from pipeline.embed import encode_texts
 from pipeline.errors import UsageError
@@ -22,6 +22,7 @@ from pipeline.evaluate import CONFIDENCE, DRAWS, MeanMetrics, TieRule
 from pipeline.evaluation.clips import VideoRows
 from pipeline.evaluation.matching import Matched, match_videos
 from pipeline.run import Selecting
+from pipeline.text_vectors import TextVectors
 from pipeline.types import Float32, Video
 
 ALL_FRAMES = SelectOptions("all")
@@ -33,6 +34,7 @@ class Options:
 
     Attributes:
         score: `rescore` (frames weighted by a softmax, as a search ranks) or `mean` (pooled vectors, as an index does).
+        by: What `retrieval` scores a clip by: as a whole (`video`), or by the best of its `moments`; not with a model.
         select: Over which frames; the videos' own texts serve `caption`.
         model: A video model over this collection's features that scores pairs itself; then `score` plays no part.
         draws, seed: Of the bootstrap; the seed also draws lists and samples.
@@ -40,6 +42,7 @@ class Options:
     """
 
     score: str = "rescore"
+    by: Literal["video", "moments"] = "video"
     select: SelectOptions = ALL_FRAMES
     model: str | None = None
     draws: int = DRAWS
@@ -175,6 +178,8 @@ class Material:
     def read(self, videos: Iterable[Video]) -> dict[str, VideoRows]:
         """The rows of some videos by id, after the selector; all are held in memory.
 
+        Their scenes are those of all sampled frames, whatever the selector kept.
+
         Raises:
             IntegrityError: A shard is damaged.
         """
@@ -182,17 +187,17 @@ class Material:
         by_commit: dict[int, dict[str, Video]] = {}
         for video in videos:
             by_commit.setdefault(places[video.video_id].commit, {})[video.video_id] = video
-        selecting = None if self.plan.selector == "all" else Selecting(self.plan, self.encoder)
+        selecting = Selecting(self.plan, None if self.plan.selector == "all" else self.encoder)
         rows: dict[str, VideoRows] = {}
         for commit, wanted in sorted(by_commit.items()):
             path = self._collection.open_file(f"{FEATURES}/{commit:06d}.h5", self._snapshot.records)
             with store.FeaturesShard(path) as shard:
                 for at, video_id in enumerate(shard.video_ids):
                     if video_id in wanted:
-                        features = shard.features(at)
-                        kept = selecting.select(features, wanted[video_id].texts) if selecting else features
+                        kept = selecting.select(shard.features(at), wanted[video_id].texts)
+                        duration = float(shard.durations[at])
                         rows[video_id] = VideoRows(
-                            kept.features, kept.pts_seconds, kept.span_seconds, float(shard.durations[at])
+                            kept.features, kept.moments, kept.pts_seconds, kept.span_seconds, duration
                         )
         return rows
 
@@ -203,6 +208,11 @@ class Material:
         row = {text: i for i, text in enumerate(distinct)}
         found: Float32 = vectors[[row[text] for text in texts]]
         return found
+
+    def encode_readable(self, texts: Sequence[str]) -> Float32:
+        """(n, D) float32 unit rows of those texts that the encoder reads as a whole, perhaps none."""
+        spec, folder = self.encoder.spec, self._collection.folder / INDEX
+        return TextVectors(folder, spec.fingerprint, spec.dim, lambda: self.encoder, self._machine.say)(texts)
 
     def describe(self) -> dict[str, Any]:
         """Encoder, sampling, selector and score, for a report."""
@@ -234,9 +244,9 @@ class Material:
         return {text.text for video in videos for text in video.texts} if self.plan.selector == "caption" else set()
 
     def index(self) -> dict[str, Any] | None:
-        """What the collection's index says of itself: kind and recall against exact search; None without one."""
+        """What the collection's index says of itself: its kind and size, and for how many of the questions that it was
+        measured with it finds what an exhaustive search finds first; None without one."""
         from indexes.generations import current_generation, read_sidecar
-        from pipeline.commits import INDEX
 
         try:
             sidecar = read_sidecar(current_generation(self._collection.folder / INDEX))
@@ -245,9 +255,11 @@ class Material:
         report = sidecar.report
         return {
             "factory": report.factory,
-            "videos": report.n_vectors,
+            "videos": report.n_videos,
+            "moments": report.n_vectors,
             "selection": sidecar.selection,
-            "recall_at_10": report.recall_at_10,
+            "questions": report.n_probes,
+            "found": report.n_found,
         }
 
 

@@ -36,8 +36,10 @@ def report_text(content: dict[str, Any], more_facts: Sequence[Sequence[str]] = (
         facts.append(
             (
                 "index",
-                f"{index['factory']}, selection {index['selection']}, recall@10 {index['recall_at_10']:.3f} against "
-                "exact search; the figures below do not use it",
+                f"{index['factory']}, {number_of(index['moments'], 'moment')} of "
+                f"{number_of(index['videos'], 'video')}, selection {index['selection']}; of "
+                f"{number_of(index['questions'], 'question')} it finds {index['found']} that an exhaustive search "
+                "finds first; the figures below do not use it",
             )
         )
     if "ties" in content:
@@ -90,23 +92,32 @@ def _scored_facts(scored: dict[str, Any]) -> list[tuple[str, str]]:
     frames += f" (scorer {scored['scorer'][:12]})" if "scorer" in scored else ""
     if "frames_per_clip" in scored:
         frames += f"; {scored['frames_per_clip']:.1f} a clip"
+    if "moments_per_clip" in scored:
+        frames += f", in {scored['moments_per_clip']:.1f} moments"
     facts.append(("frames", frames))
     if scored.get("queries_that_selected"):
         n = scored["queries_that_selected"]
         facts.append(
             ("caution", f"{number_of(n, 'query')[:-1]}{'ies' if n > 1 else 'y'} chose the frames they are scored on")
         )
+    by_moments = scored.get("by") == "moments"
     if scored["score"] == "rescore":
-        score = f"rescore: frames weighted by a softmax at temperature {scored['temperature']:g}, as a search ranks"
+        score = f"rescore: frames weighted by a softmax at temperature {scored['temperature']:g}"
+        score += "" if by_moments else ", as a search ranks"
     elif scored["score"] == "model":
         score = f"{scored['model']} ({scored['model_fingerprint'][:12]}): the pair score it was trained with"
     elif scored["score"] == "moments":
-        score = f"best run of frames above the level of {scored['background_frames']} frames of the annotated videos"
+        of = number_of(scored["background_videos"], "annotated video")
+        score = f"the moment that a search would show first; what it stands out from is the mean of {of}"
     elif scored["score"] == "classifier":
         score = "linear classifier over the video's mean, the question's vector and their product"
     else:
-        score = "mean: cosine with the pooled vector, as an index ranks"
-    return [*facts, ("score", score)]
+        score = "mean: cosine with the pooled vector" + (", as an index ranks" if by_moments else "")
+    facts.append(("score", score))
+    if "by" in scored:
+        of = "the best of its moments" if by_moments else "all of its frames together"
+        facts.append(("by", f"{scored['by']}: a clip has the score of {of}"))
+    return facts
 
 
 def _results_table(content: dict[str, Any]) -> str:

@@ -3,6 +3,9 @@
 Queries are the annotated sentences. What is ranked are clips: an annotation with a span is about the frames that meet
 it, one without about the whole video. Several sentences of one clip are several queries with the same right answer; the
 other way round, the best-ranked of them counts. YouCookII's protocol takes each row as a clip of its own.
+
+The published protocols score a clip as a whole. By moments, it has the score of the best of its moments, the runs of
+its frames that lie in one scene of the video: what an index can find, at its best.
 """
 
 from __future__ import annotations
@@ -33,7 +36,6 @@ from pipeline.evaluation.clips import Clips, VideoRows, rows_in_span
 from pipeline.evaluation.matching import Matched
 from pipeline.evaluation.material import Material, Options, intervals_of, split_of
 from pipeline.evaluation.scoring import Block, mean_blocks, model_blocks, rescore_blocks
-from pipeline.types import Float32
 
 HELD_BYTES = 256 * 2**20  # a larger matrix is never whole in memory: its blocks are computed twice
 NOTE_SECONDS = 30.0
@@ -100,7 +102,10 @@ def evaluate_retrieval(
     pairs = pair_up(annotations, {name: video.video_id for name, video in matched.found.items()})
     videos = {video.video_id: video for video in matched.found.values()}
     rows = material.read(videos.values())
-    clips = Clips([_rows_of(clip, rows[clip.video]) for clip in pairs.clips])
+    parts = [(rows[clip.video], _part_of(clip, rows[clip.video])) for clip in pairs.clips]
+    by_moments = material.options.by == "moments"
+    scenes = [video.scenes[part] for video, part in parts] if by_moments else None
+    clips = Clips([video.features[part] for video, part in parts], scenes)
     say(f"Scoring {len(pairs.texts)} texts against {len(clips)} clips ({len(clips.features)} frames)")
     if material.model is not None:
         model = material.model
@@ -116,7 +121,9 @@ def evaluate_retrieval(
             return rescore_blocks(vectors, clips, material.encoder.spec.temperature)
 
     content = _split(annotations, pairs, matched)
-    scored = material.describe() | {"frames_per_clip": clips.rows_per_clip}
+    scored = material.describe() | {"by": material.options.by, "frames_per_clip": clips.rows_per_clip}
+    if by_moments:
+        scored["moments_per_clip"] = clips.parts_per_clip
     leaked = material.own_texts(videos.values()) & set(pairs.texts)
     if leaked:
         scored["queries_that_selected"] = sum(text in leaked for text in pairs.texts)
@@ -166,10 +173,11 @@ def evaluate_scores(
     }
 
 
-def _rows_of(clip: Clip, video: VideoRows) -> Float32:
+def _part_of(clip: Clip, video: VideoRows) -> slice:
+    """The rows of its video that a clip has."""
     if clip.start_seconds is None or clip.end_seconds is None:
-        return video.features
-    return video.features[rows_in_span(video, clip.start_seconds, clip.end_seconds)]
+        return slice(None)
+    return rows_in_span(video, clip.start_seconds, clip.end_seconds)
 
 
 def _split(annotations: Annotations[Caption], pairs: Pairs, matched: Matched | None) -> dict[str, Any]:

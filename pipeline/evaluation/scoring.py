@@ -1,6 +1,7 @@
 """Texts against clips, a block of texts at a time: by pooled vectors, by weighted frames, or by a model's own score.
 
-Products are taken in float64 and rounded to float32: equal texts and equal clips then have equal scores wherever they
+A clip of several parts, which are its moments, has the score of its best one; a model scores whole clips. Products are
+taken in float64 and rounded to float32: equal texts and equal clips then have equal scores wherever they
 stand, which a float32 matrix product does not promise, and ties are counted.
 """
 
@@ -14,7 +15,8 @@ import numpy as np
 from models.base import VideoEncoder
 from pipeline.evaluation.clips import Clips
 from pipeline.evaluation.material import Material
-from pipeline.types import Float32, Float64
+from pipeline.rescore import rescore
+from pipeline.types import Float32
 
 BLOCK_BYTES = 16 * 2**20  # of one block of frame scores in float64, of which five are in memory; more is no faster
 MODEL_BLOCK_BYTES = 256 * 2**20  # of one block of a model's scores: each block encodes all clips anew
@@ -23,29 +25,21 @@ Block = tuple[int, Float32]  # number of its first text, scores (texts, clips)
 
 
 def mean_blocks(texts: Float32, clips: Clips) -> Iterator[Block]:
-    """Cosines of unit rows `texts` (M, D) with the clips' pooled vectors."""
+    """Cosines of unit rows `texts` (M, D) with the pooled vectors of the clips' parts; the best of each clip."""
     means = clips.means().astype(np.float64).T
-    at_once = max(1, BLOCK_BYTES // (8 * len(clips)))
+    at_once = max(1, BLOCK_BYTES // (8 * means.shape[1]))
     for start in range(0, len(texts), at_once):
-        yield start, (texts[start : start + at_once].astype(np.float64) @ means).astype(np.float32)
+        cosines = (texts[start : start + at_once].astype(np.float64) @ means).astype(np.float32)
+        yield start, clips.best_of_parts(cosines)
 
 
 def rescore_blocks(texts: Float32, clips: Clips, temperature: float) -> Iterator[Block]:
-    """The score of `pipeline.rescore`: the softmax-weighted mean of a clip's frame cosines."""
+    """The score of `pipeline.rescore`, the softmax-weighted mean of a part's frame cosines; the best of each clip."""
     frames = clips.features.astype(np.float64).T
     at_once = max(1, BLOCK_BYTES // (8 * len(clips.features)))
     for start in range(0, len(texts), at_once):
-        cosines = texts[start : start + at_once].astype(np.float64) @ frames
-        yield start, _weighted(cosines, clips, temperature).astype(np.float32)
-
-
-def _weighted(cosines: Float64, clips: Clips, temperature: float) -> Float64:
-    """(b, M) cosines of frames -> (b, C) scores of clips."""
-    starts = clips.offsets[:-1]
-    best = np.repeat(np.maximum.reduceat(cosines, starts, axis=1), np.diff(clips.offsets), axis=1)
-    weights = np.exp((cosines - best) / temperature)
-    scores: Float64 = np.add.reduceat(weights * cosines, starts, axis=1) / np.add.reduceat(weights, starts, axis=1)
-    return scores
+        cosines = (texts[start : start + at_once].astype(np.float64) @ frames).astype(np.float32)
+        yield start, clips.best_of_parts(rescore(cosines, clips.parts, temperature))
 
 
 def model_blocks(model: VideoEncoder, texts: Sequence[str], clips: Clips) -> Iterator[Block]:

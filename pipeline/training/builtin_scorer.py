@@ -28,7 +28,7 @@ from models.registry import load_encoder
 from models.scorer import FrameScorer, save_scorer, score_frames_without_text
 from models.scorer_file import BUILTIN
 from pipeline.config import DEFAULT_KEEP
-from pipeline.select import highest, parse_keep, uniform
+from pipeline.select import evenly_spaced, highest, parse_keep
 from pipeline.store import round_features
 from pipeline.training.checkpoints import write_weights
 from pipeline.training.scorer import Lesson, Part, distil, facts_of, lesson, measure
@@ -128,7 +128,7 @@ def empty_among_kept(scorer: FrameScorer, stories: Sequence[Story], lessons: Seq
     for story, video in zip(stories, lessons, strict=True):
         empty = shows_nothing(story)
         kept = highest(score_frames_without_text(scorer, video.features.astype(np.float32)), KEEP)
-        rows.append((empty[kept].mean(), empty[uniform(len(empty), KEEP).kept].mean()))
+        rows.append((empty[kept].mean(), empty[evenly_spaced(len(empty), KEEP)].mean()))
     by_scorer, by_uniform = np.mean(rows, axis=0)
     return float(by_scorer), float(by_uniform)
 

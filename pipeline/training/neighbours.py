@@ -24,6 +24,7 @@ N_NEAREST = 64  # docs/METHOD.md section 3
 EXACT_VIDEOS = 50_000  # compared with each other in blocks up to here, beyond that by FAISS
 VIDEOS_PER_BATCH = 64
 ROWS_PER_BLOCK = 1024
+N_PROBES = 200  # that the index is measured with
 FINGERPRINT = "mean vectors of a head in training"
 
 
@@ -115,22 +116,35 @@ def _exactly(vectors: Float32, k: int) -> NDArray[np.int64]:
 
 def _by_faiss(vectors: Float32, k: int) -> NDArray[np.int64]:
     """Through an index such as a search uses, in a folder that is gone afterwards."""
-    from indexes.build import build_index
+    from indexes.build import Probes, build_index
     from indexes.generations import current_generation, new_generation, write_sidecar
+    from indexes.id_map import IdMap, moment_ids
     from indexes.plan import plan_index
     from indexes.search import VectorIndex
 
-    ids = np.arange(len(vectors), dtype=np.int64)
-    plan = plan_index(len(vectors), vectors.shape[1], None, "auto")
+    n = len(vectors)
+    keys, ones = np.arange(n, dtype=np.int64), np.ones(n, np.int32)
+    id_map, ids = IdMap.of(keys, ones), moment_ids(keys, ones)
+    probes = Probes(*_probes(vectors), "videos")
+    plan = plan_index(n, n, vectors.shape[1])
     with tempfile.TemporaryDirectory() as folder:
         with new_generation(Path(folder)) as generation:
-            report = build_index(plan, lambda: [(ids, vectors)], generation)
+            report = build_index(plan, lambda: [(ids, vectors)], id_map, probes, generation)
             write_sidecar(generation, report, FINGERPRINT, "", {})
         index = VectorIndex.open(current_generation(Path(folder)), FINGERPRINT)
-        near = np.full((len(vectors), k), -1, np.int64)
-        for start in range(0, len(vectors), ROWS_PER_BLOCK):
+        near = np.full((n, k), -1, np.int64)
+        for start in range(0, n, ROWS_PER_BLOCK):
             answers = index.search(vectors[start : start + ROWS_PER_BLOCK], k + 1)
             for row, (found, _) in enumerate(answers, start):
-                others = found[found != row][:k]
+                videos = id_map.videos_of(found)
+                others = videos[videos != row][:k]
                 near[row, : len(others)] = others
     return near
+
+
+def _probes(vectors: Float32) -> tuple[Float32, list[NDArray[np.int32]]]:
+    """Some of the vectors, and the nearest other one of each."""
+    some = np.linspace(0, len(vectors) - 1, N_PROBES).astype(np.intp)
+    scores = vectors[some] @ vectors.T
+    scores[np.arange(N_PROBES), some] = -np.inf
+    return vectors[some], [np.array([nearest], np.int32) for nearest in scores.argmax(axis=1)]

@@ -35,7 +35,7 @@ from pipeline.embed import encode_texts
 from pipeline.errors import UsageError
 from pipeline.output import number_of
 from pipeline.progress import Progress
-from pipeline.select import LEAST_COSINE, Keep, best_first, caption, parse_keep, uniform
+from pipeline.select import LEAST_COSINE, Keep, best_first, caption, evenly_spaced, parse_keep
 from pipeline.training.checkpoints import write_weights
 from pipeline.types import Bool, Float32, FrameFeatures, TimedText, Video
 
@@ -113,7 +113,7 @@ def measure(scorer: FrameScorer, lessons: Sequence[Lesson]) -> Measures:
     for video in lessons:
         scores = score_frames_without_text(scorer, video.features.astype(np.float32))
         n_kept = int(video.kept.sum())
-        evenly = uniform(len(scores), Keep(count=n_kept)).kept
+        evenly = evenly_spaced(len(scores), Keep(count=n_kept))
         shared = video.kept[best_first(scores)[:n_kept]].mean(), video.kept[evenly].mean()
         rows.append((rank_correlation(scores, video.scores), *shared))
     return Measures(len(rows), *(float(mean) for mean in np.mean(rows, axis=0)))

@@ -23,11 +23,14 @@ import pytest
 from fakes import FakeEncoder
 from guards import Guard
 from indexes.generations import current_generation, read_sidecar, write_sidecar
+from indexes.id_map import IdMap
 from pipeline import commands, store
-from pipeline.collection import Collection
+from pipeline.collection import Collection, Snapshot
 from pipeline.commits import place_of
 from pipeline.errors import FinecoError, IntegrityError, UsageError
 from pipeline.files import record_of
+from pipeline.gallery import Gallery
+from pipeline.lookup import Lookup, write_lookup
 from pipeline.types import Hit
 from pipeline.verify import verify_collection
 from small_runs import HALF, files_in_use, machine, make_everything
@@ -369,7 +372,33 @@ def test_verify_finds_an_index_whose_vectors_are_not_those_of_the_store(copy: Pa
     faiss.write_index(swapped, str(generation / "index.faiss"))
     write_sidecar(generation, sidecar.report, sidecar.fingerprint, sidecar.selection, sidecar.extra)
     (problem,) = verify_collection(copy)["problems"]
-    assert "4 of 4 sampled vectors are not those of the store" in problem
+    assert len(ids) > 4  # moments of the four videos
+    assert f"{len(ids)} of {len(ids)} sampled vectors are not those of the store" in problem
+
+
+@pytest.mark.parametrize("one_more", [True, False])
+def test_verify_finds_an_index_that_has_other_moments_of_a_video_than_the_store(copy: Path, one_more: bool) -> None:
+    """Every digest is right, and the vectors and the list beside them fit each other: the video has not so many."""
+    generation = current_generation(copy / "index")
+    sidecar, gallery = read_sidecar(generation), Gallery(Snapshot(Collection(copy)), "caption-0.5")
+    counts = gallery.id_map.counts.copy()
+    video = int(counts.argmax())
+    counts[video] += 1 if one_more else -1
+    gallery.id_map = IdMap.of(gallery.id_map.keys, counts)
+    known = {i: row for ids, rows in gallery.moments() for i, row in zip(ids.tolist(), rows, strict=True)}
+    spare = next(iter(known.values()))
+    vectors = np.stack([known.get(i, spare) for i in gallery.id_map.ids.tolist()])
+    changed: Any = faiss.index_factory(gallery.dim, "IDMap,Flat", faiss.METRIC_INNER_PRODUCT)
+    changed.add_with_ids(vectors, gallery.id_map.ids)
+    faiss.write_index(changed, str(generation / "index.faiss"))
+    with Lookup(generation / "videos.h5") as lookup:
+        background = lookup.background
+    write_lookup(generation / "videos.h5", gallery, background)
+    report = replace(sidecar.report, n_vectors=len(vectors))
+    write_sidecar(generation, report, sidecar.fingerprint, sidecar.selection, sidecar.extra)
+    (problem,) = verify_collection(copy)["problems"]
+    n_stored = counts[video] + (-1 if one_more else 1)
+    assert f"has {n_stored} moments, not as many" in problem
 
 
 def test_select_stops_at_damaged_features_and_names_them(copy: Path) -> None:

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 from indexes import generations
-from indexes.build import INDEX_FILE, build_index
-from indexes.exact import exact_top_k
+from indexes.build import INDEX_FILE, IndexReport, Probes, build_index
 from indexes.generations import (
     SIDECAR_FILE,
     current_generation,
@@ -26,23 +25,53 @@ from indexes.generations import (
     read_sidecar,
     write_sidecar,
 )
+from indexes.id_map import IdMap, Int32, moment_ids
 from indexes.plan import IndexPlan, plan_index
 from indexes.search import VectorIndex, stored_ids, stored_vectors
 from pipeline.errors import FinecoError, IntegrityError, UsageError
 from pipeline.files import seal, write_pointer
-from pipeline.types import Float32
+from pipeline.types import Float32, Int64
 from pipeline.verify import LEAST_COSINE
 
 ROOT = Path(__file__).parents[2]
 DIM = 16
 FINGERPRINT = "f" * 32
+PER_VIDEO = 3
 
 
-def make_vectors(n: int, seed: int = 0) -> tuple[np.ndarray[Any, np.dtype[np.int64]], Float32]:
-    rng = np.random.default_rng(seed)
-    rows = rng.standard_normal((n, DIM))
-    ids = rng.permutation(n).astype(np.int64) + 2**60
-    return ids, (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+def keys_and_counts(n: int, seed: int = 0) -> tuple[Int64, Int32]:
+    """Videos of `n` moments in all."""
+    counts = np.array([min(PER_VIDEO, n - first) for first in range(0, n, PER_VIDEO)], np.int32)
+    return np.random.default_rng(seed).permutation(len(counts)).astype(np.int64) + 2**60, counts
+
+
+def make_vectors(n: int, seed: int = 0) -> tuple[Int64, Float32]:
+    rows = np.random.default_rng(seed).standard_normal((n, DIM))
+    return moment_ids(*keys_and_counts(n, seed)), (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(
+        np.float32
+    )
+
+
+def build(folder: Path, plan: IndexPlan, ids: Int64, vectors: Float32, seed: int = 0) -> IndexReport:
+    """An index of moments of the videos that `keys_and_counts` gives, measured with its first three."""
+    id_map = IdMap.of(*keys_and_counts(len(ids), seed))
+    probes = Probes(vectors[:3], [id_map.videos_of(ids[i : i + 1]) for i in range(len(ids[:3]))], "three moments")
+    return build_index(plan, lambda: [(ids, vectors)], id_map, probes, folder)
+
+
+def plan_of(n: int, factory: str = "Flat", nlist: int = 0) -> IndexPlan:
+    """A plan for `n` moments, flat or of so many cells, all of which are looked into."""
+    n_videos = -(-n // PER_VIDEO)
+    if not nlist:
+        return plan_index(n_videos, n, DIM)
+    return IndexPlan(factory, n_videos, n, DIM, 0, nlist, nlist, n, None, "test")
+
+
+def nearest(ids: Int64, vectors: Float32, query: Float32, k: int) -> tuple[list[int], list[float]]:
+    """What comparing with every vector finds."""
+    cosines = [(float(row.astype(np.float64) @ query), -i) for row, i in zip(vectors, ids.tolist(), strict=True)]
+    best = sorted(cosines, reverse=True)[:k]
+    return [-negative for _, negative in best], [cosine for cosine, _ in best]
 
 
 def rewrite(path: Path, content: dict[str, Any]) -> None:
@@ -52,9 +81,8 @@ def rewrite(path: Path, content: dict[str, Any]) -> None:
 
 def publish(folder: Path, n: int = 300, seed: int = 0, nlist: int = 0) -> Path:
     """A new generation of `n` vectors with a lookup file beside the index."""
-    plan = IndexPlan(f"IVF{nlist},Flat", n, DIM, 0, nlist, nlist, n, None, "test") if nlist else plan_index(n, DIM)
     with new_generation(folder) as generation:
-        report = build_index(plan, lambda: [make_vectors(n, seed)], generation)
+        report = build(generation, plan_of(n, f"IVF{nlist},Flat", nlist), *make_vectors(n, seed), seed)
         (generation / "videos.h5").write_bytes(b"lookup" * 100)
         write_sidecar(generation, report, FINGERPRINT, "uniform", {"last_commit": 7})
     return current_generation(folder)
@@ -67,21 +95,37 @@ def test_a_generation_is_found_again_with_all_it_says(tmp_path: Path) -> None:
     assert (sidecar.fingerprint, sidecar.selection, sidecar.extra) == (FINGERPRINT, "uniform", {"last_commit": 7})
     assert sorted(sidecar.files) == [INDEX_FILE, "videos.h5"]
     assert sidecar.files["videos.h5"].size_bytes == 600
-    assert (sidecar.report.factory, sidecar.report.n_vectors, sidecar.report.recall_at_10) == ("Flat", 300, 1.0)
+    report = sidecar.report
+    assert (report.factory, report.n_videos, report.n_vectors, report.dim) == ("Flat", 100, 300, DIM)
+    assert (report.nprobe, report.candidates, report.recall) == (0, 100, 1.0)
+    assert (report.n_probes, report.n_found, report.probes) == (3, 3, "three moments")
+    assert report.n_bytes == sidecar.files[INDEX_FILE].size_bytes
 
 
 @pytest.mark.parametrize("nlist", [0, 8])
-def test_search_finds_what_exact_search_finds_with_large_ids(tmp_path: Path, nlist: int) -> None:
+def test_search_finds_what_exhaustive_search_finds_with_large_ids(tmp_path: Path, nlist: int) -> None:
     index = VectorIndex.open(publish(tmp_path, nlist=nlist), FINGERPRINT)
     ids, vectors = make_vectors(300)
     queries = make_vectors(20, seed=1)[1]
-    wanted_ids, wanted_scores = exact_top_k(queries, [(ids, vectors)], 7)
     answers = index.search(queries, 7)
     assert len(index) == 300 and len(answers) == 20
-    for (found_ids, found_scores), row_ids, row_scores in zip(answers, wanted_ids, wanted_scores, strict=True):
+    assert ids.max() > 2**62
+    for query, (found_ids, found_scores) in zip(queries, answers, strict=True):
         assert found_ids.dtype == np.int64 and found_scores.dtype == np.float32
-        np.testing.assert_array_equal(found_ids, row_ids)
+        row_ids, row_scores = nearest(ids, vectors, query, 7)
+        assert found_ids.tolist() == row_ids
         np.testing.assert_allclose(found_scores, row_scores, atol=1e-6)
+
+
+@pytest.mark.parametrize("nlist", [0, 8])
+def test_search_leaves_out_what_it_is_told_to(tmp_path: Path, nlist: int) -> None:
+    """Of the file as it is mapped into memory, too."""
+    index = VectorIndex.open(publish(tmp_path, nlist=nlist), FINGERPRINT)
+    ids, vectors = make_vectors(300)
+    queries, left = make_vectors(5, seed=1)[1], np.arange(300) % 3 != 0
+    for query, (found, _) in zip(queries, index.search(queries, 300, ids[~left]), strict=True):
+        assert found.tolist() == nearest(ids[left], vectors[left], query, 300)[0]
+    assert [len(found) for found, _ in index.search(queries, 300, ids)] == [0] * 5
 
 
 def test_more_answers_than_vectors_are_all_of_them(tmp_path: Path) -> None:
@@ -98,14 +142,15 @@ def test_places_that_faiss_cannot_fill_are_left_out(tmp_path: Path) -> None:
     rewrite(generation / SIDECAR_FILE, sidecar)
     ((ids, scores),) = VectorIndex.open(generation, FINGERPRINT).search(make_vectors(1, seed=1)[1], 200)
     assert 0 < len(ids) == len(scores) < 200
-    assert ids.min() >= 2**60 and scores.min() >= -1.0
+    assert set(ids.tolist()) <= set(make_vectors(300)[0].tolist())
+    assert scores.min() >= -1.0
 
 
 def test_equal_scores_come_by_ascending_id(tmp_path: Path) -> None:
     ids, vectors = make_vectors(50)
     vectors[:] = vectors[0]
     with new_generation(tmp_path) as generation:
-        report = build_index(plan_index(50, DIM), lambda: [(ids, vectors)], generation)
+        report = build(generation, plan_of(50), ids, vectors)
         write_sidecar(generation, report, FINGERPRINT, "uniform", {})
     ((found, _),) = VectorIndex.open(current_generation(tmp_path), FINGERPRINT).search(vectors[:1], 50)
     assert found.tolist() == sorted(ids.tolist())
@@ -113,7 +158,7 @@ def test_equal_scores_come_by_ascending_id(tmp_path: Path) -> None:
 
 def test_an_empty_index_answers_nothing(tmp_path: Path) -> None:
     with new_generation(tmp_path) as generation:
-        report = build_index(plan_index(0, DIM), lambda: [], generation)
+        report = build(generation, plan_of(0), *make_vectors(0))
         write_sidecar(generation, report, FINGERPRINT, "uniform", {})
     answers = VectorIndex.open(current_generation(tmp_path), FINGERPRINT).search(make_vectors(2)[1], 10)
     assert [len(ids) for ids, _ in answers] == [0, 0]
@@ -266,6 +311,29 @@ def test_a_sidecar_that_is_no_sidecar_is_refused(tmp_path: Path, content: bytes)
         read_sidecar(path.parent)
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize("schema", [0, 1, 4, True, 3.0, "3", None, [2]])
+def test_a_sidecar_of_an_unknown_version_is_refused(tmp_path: Path, schema: object) -> None:
+    path = publish(tmp_path) / SIDECAR_FILE
+    rewrite(path, {**json.loads(path.read_text()), "schema": schema})
+    with pytest.raises(IntegrityError, match="field 'schema'"):
+        read_sidecar(path.parent)
+
+
+def test_an_index_of_the_version_without_moments_is_no_damage_and_the_cure_is_said(tmp_path: Path) -> None:
+    """Of which nothing else is looked at: its report had other fields."""
+    path = publish(tmp_path / "kitchen" / "index") / SIDECAR_FILE
+    rewrite(path, {"schema": 2, "report": {"recall_at_10": 1.0}, "fingerprint": FINGERPRINT})
+    for read in (read_sidecar, lambda generation: VectorIndex.open(generation, FINGERPRINT)):
+        with pytest.raises(UsageError, match="earlier version") as caught:
+            read(path.parent)
+        folder = tmp_path / "kitchen"
+        assert f"fineco select -c {folder}" in str(caught.value) and f"fineco index -c {folder}" in str(caught.value)
+    path.write_bytes(path.read_bytes().replace(b"recall_at_10", b"recall_at_11"))  # not even that, if damaged
+    with pytest.raises(IntegrityError, match=SIDECAR_FILE):
+        read_sidecar(path.parent)
+
+
 def test_no_index_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="fineco index"):
         current_generation(tmp_path / "index")
@@ -317,7 +385,7 @@ def test_a_search_in_progress_outlives_its_generation(tmp_path: Path) -> None:
 def test_a_build_that_fails_leaves_the_current_generation_and_no_trace(tmp_path: Path) -> None:
     first = publish(tmp_path)
     with pytest.raises(IntegrityError, match="vectors came"), new_generation(tmp_path) as generation:
-        build_index(plan_index(301, DIM), lambda: [make_vectors(300)], generation)
+        build(generation, plan_of(301), *make_vectors(300))
     assert current_generation(tmp_path) == first
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000001", "CURRENT"]
 
@@ -325,7 +393,7 @@ def test_a_build_that_fails_leaves_the_current_generation_and_no_trace(tmp_path:
 def test_a_generation_without_a_sidecar_is_never_current(tmp_path: Path) -> None:
     first = publish(tmp_path)
     with pytest.raises(FinecoError, match=SIDECAR_FILE), new_generation(tmp_path) as generation:
-        build_index(plan_index(300, DIM), lambda: [make_vectors(300)], generation)
+        build(generation, plan_of(300), *make_vectors(300))
     assert current_generation(tmp_path) == first
 
 
@@ -334,6 +402,7 @@ import os, signal, sys
 from pathlib import Path
 import numpy as np
 from indexes import build, generations
+from indexes.id_map import IdMap, moment_ids
 from indexes.plan import plan_index
 moment, folder = sys.argv[1], Path(sys.argv[2])
 def die(*_):
@@ -354,7 +423,10 @@ elif moment == "before CURRENT":
 rows = np.random.default_rng(5).standard_normal((900, %d))
 rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 with generations.new_generation(folder) as generation:
-    report = build.build_index(plan_index(900, %d), lambda: [(np.arange(900), rows)], generation)
+    keys, counts = np.arange(300), np.full(300, 3, np.int32)
+    probes = build.Probes(np.empty((0, %d), np.float32), [], "none")
+    id_map, ids, plan = IdMap.of(keys, counts), moment_ids(keys, counts), plan_index(300, 900, %d)
+    report = build.build_index(plan, lambda: [(ids, rows)], id_map, probes, generation)
     generations.write_sidecar(generation, report, "f" * 32, "uniform", {})
 """
 
@@ -368,7 +440,7 @@ def test_a_killed_build_leaves_the_old_index_searchable(tmp_path: Path, moment: 
     publish(tmp_path)
     queries = make_vectors(5, seed=1)[1]
     before = VectorIndex.open(current_generation(tmp_path), FINGERPRINT).search(queries, 10)
-    script = KILLED_BUILD % (DIM, DIM)
+    script = KILLED_BUILD % (DIM, DIM, DIM)
     done = subprocess.run([sys.executable, "-c", script, moment, str(tmp_path)], cwd=ROOT, timeout=60)
     index = VectorIndex.open(current_generation(tmp_path), FINGERPRINT)
     if moment == "never":
@@ -388,9 +460,8 @@ def test_what_is_stored_can_be_read_back(tmp_path: Path, factory: str) -> None:
     """For `verify`, which compares it with the store: as exactly as each coding allows."""
     nlist = 0 if factory == "Flat" else 8
     ids, vectors = make_vectors(400)
-    plan = IndexPlan(factory, 400, DIM, 0, nlist, nlist, 400 if nlist else 0, None, "test")
     with new_generation(tmp_path) as generation:
-        report = build_index(plan, lambda: [(ids, vectors)], generation)
+        report = build(generation, plan_of(400, factory, nlist), ids, vectors)
         write_sidecar(generation, report, FINGERPRINT, "uniform", {})
     generation = current_generation(tmp_path)
     assert sorted(stored_ids(generation)) == sorted(ids)

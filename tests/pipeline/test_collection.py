@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.collection import Collection
+from pipeline.collection import Collection, Snapshot
 from pipeline.commits import Commit, Row, State
 from pipeline.errors import FinecoError, IntegrityError, UsageError
-from pipeline.files import FileRecord, seal, write_bytes
+from pipeline.files import FileRecord, read_sealed, seal, write_bytes
 from pipeline.lock import Lock
 from pipeline.repair import repair_collection
 from pipeline.types import Outcome, TimedText, Video
@@ -89,7 +89,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '{"schema": 2}', '{"schema": 2}', '{"schema": 2, "config": [], "encoder": null}']
+    "content", ["", "{", "[]", "null", '{"schema": 2}', '{"schema": 3}', '{"schema": 3, "config": [], "encoder": null}']
 )
 def test_a_damaged_configuration_is_named(content: str, collection: Collection) -> None:
     (collection.folder / "collection.json").write_text(content)
@@ -232,7 +232,7 @@ KILL_SELF = """
             return result
         return wrapped
     os.fsync, os.replace = killing(os.fsync), killing(os.replace)
-    from pipeline.collection import Collection
+    from pipeline.collection import Collection, Snapshot
     from pipeline.commits import Row
     from pipeline.files import write_bytes
     from pipeline.types import Outcome
@@ -282,7 +282,11 @@ def test_a_kill_at_any_step_of_a_commit_leaves_all_of_it_or_nothing(collection: 
 
 
 @pytest.mark.parametrize(
-    "content", [b'{"schema": 1, "config": {}, "encoder": null}', seal({"schema": 3, "config": {}})]
+    "content",
+    [
+        b'{"schema": 1, "config": {}, "encoder": null}',
+        *(seal({"schema": schema, "config": {}}) for schema in (0, 1, 4, None, "3")),
+    ],
 )
 def test_a_collection_of_another_version_is_neither_read_nor_repaired(content: bytes, collection: Collection) -> None:
     (collection.folder / "collection.json").write_bytes(content)
@@ -291,6 +295,59 @@ def test_a_collection_of_another_version_is_neither_read_nor_repaired(content: b
         with pytest.raises(UsageError, match="another version"):
             act(collection.folder)
     assert {p: p.read_bytes() for p in collection.folder.rglob("*") if p.is_file()} == before
+
+
+def as_of_the_version_before(folder: Path) -> None:
+    """Makes the files of a collection what that version wrote, as far as they differ."""
+    content = read_sealed(folder / "collection.json")
+    (folder / "collection.json").write_bytes(seal({**content, "schema": 2}))
+    for path in (folder / "outcomes").glob("*.jsonl"):
+        commit = Commit.from_bytes(int(path.stem), path.read_bytes())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pipeline.commits.COMMIT_SCHEMA", 2)
+            path.write_bytes(commit.to_bytes())
+
+
+def test_a_collection_without_moments_is_read_as_it_is_and_written_as_one_of_this_version(
+    collection: Collection,
+) -> None:
+    collection.update({"model": "fake"}, {"name": "fake"})
+    add(collection, row(1), row(2))
+    folder = collection.folder
+    as_of_the_version_before(folder)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    old = Collection(folder)
+    state, records = Snapshot(old).state, Snapshot(old).records
+    assert old.schema == 2 and (old.config, old.encoder) == (collection.config, collection.encoder)
+    assert state.outdated == {"embeddings/caption-0.25"}
+    assert state.places.keys() == {"features"} and state.places["features"].keys() == {"id-1", "id-2"}
+    assert list(records) == ["features/000001.h5"]
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before  # reading changes nothing
+    with old.writing("test") as writer:
+        assert old.schema == 3
+        written = read_sealed(folder / "collection.json")
+        assert written == {"schema": 3, "config": {"model": "fake"}, "encoder": {"name": "fake"}}
+        assert files_of(folder) >= {"features/000001.h5", "outcomes/000001.jsonl"}
+        assert "embeddings/caption-0.25/000001.h5" not in files_of(folder)  # of use to nobody any more
+        writer.commit("select", [row(1), row(2)], list(data(b"new"))[1:])  # type: ignore[arg-type]
+    new = Collection(folder)
+    assert new.schema == 3 and (new.config, new.encoder) == (collection.config, collection.encoder)
+    assert new.state() == writer.state
+    assert new.state().places["embeddings/caption-0.25"]["id-1"].commit == 2
+    assert sorted(Snapshot(new).records) == ["embeddings/caption-0.25/000002.h5", "features/000001.h5"]
+
+
+@pytest.mark.parametrize("schema", [1, 4, None, "3"])
+def test_a_commit_of_an_unknown_version_is_refused(
+    schema: object, collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(collection, row(1))
+    commit = next(iter(collection.commits()))
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.commits.COMMIT_SCHEMA", schema)
+        collection.commit_path(1).write_bytes(commit.to_bytes())
+    with pytest.raises(IntegrityError, match=f"schema {schema}, expected 3"):
+        collection.state()
 
 
 @pytest.mark.fault
@@ -485,4 +542,4 @@ def test_state_on_disk_is_the_state_in_memory(collection: Collection) -> None:
         writer.commit("index", [Row(Outcome("id-1", "/moved", "removed", "index"))], [])
         expected = writer.state
     assert collection.state() == expected
-    assert json.loads((collection.folder / "collection.json").read_text())["schema"] == 2
+    assert json.loads((collection.folder / "collection.json").read_text())["schema"] == 3

@@ -85,6 +85,18 @@ def test_the_same_command_gives_the_same_bytes(folder: Path, captions: Path) -> 
     assert len(json.loads(first.out)["results"]) == 4
 
 
+def test_a_clip_is_scored_as_a_whole_unless_by_moments_is_asked_for(folder: Path, captions: Path) -> None:
+    command = ("evaluate", "retrieval", captions, "-c", folder, "--draws", 0)
+    default = fineco(*command).out
+    assert fineco(*command, "--by", "video").out == default
+    assert "by         video: a clip has the score of all of its frames together" in default.decode()
+    asked = fineco(*command, "--by", "moments").out.decode()
+    assert "by         moments: a clip has the score of the best of its moments" in asked
+    assert "every sampled frame; 9.0 a clip, in " in asked and "as a search ranks" not in asked
+    means = fineco(*command, "--by", "moments", "--score", "mean", "--format", "json")
+    assert json.loads(means.out)["scored"]["by"] == "moments"
+
+
 def test_a_matrix_needs_no_collection(captions: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "s.npy", np.eye(4, dtype=np.float32))
     done = fineco("evaluate", "retrieval", captions, "--scores", tmp_path / "s.npy", "--dual-softmax", "--draws", 0)
@@ -127,6 +139,7 @@ def test_questions_and_moments(folder: Path, tmp_path: Path) -> None:
     done = fineco("-q", "evaluate", "moments", spans, "-c", folder)
     assert done.code == 0 and done.err == ""
     assert "whole video, for comparison" in done.out.decode() and "tied" not in done.out.decode()
+    assert "stands out from is the mean of 1 annotated video\n" in done.out.decode()
 
 
 @pytest.mark.parametrize(
@@ -135,7 +148,10 @@ def test_questions_and_moments(folder: Path, tmp_path: Path) -> None:
         (("retrieval",), "a collection (-c) or a matrix (--scores)"),
         (("retrieval", "-c", "C", "--scores", "s.npy"), "one of the two"),
         (("retrieval", "--scores", "s.npy", "--model", "x"), "--model has no effect on ready --scores"),
+        (("retrieval", "--scores", "s.npy", "--by", "moments"), "--by has no effect on ready --scores"),
+        (("retrieval", "-c", "C", "--by", "moments", "--model", "x"), "--by moments: a --model scores whole clips"),
         (("mc",), "Missing option '-c'"),
+        (("mc", "-c", "C", "--by", "moments"), "No such option"),
         (("qa", "-c", "C", "--classifier"), "--classifier and --train go together"),
         (("retrieval", "-c", "C", "--keep", "4"), "--keep goes with a selector"),
         (("retrieval", "-c", "C", "--selector", "topics"), "needs a list of texts"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,9 @@ from pipeline.evaluation.questions import (
     evaluate_classifier,
     most_frequent_answers,
 )
-from pipeline.rescore import find_moments, score_frames
-from pipeline.select import pool
-from pipeline.types import Float32
+from pipeline.moments import find_scenes, pool
+from pipeline.probes import EVERYDAY_TEXTS
+from pipeline.types import Float32, FrameFeatures
 from small_evaluations import (
     WORDS,
     FakeVideoModel,
@@ -97,31 +98,54 @@ def test_a_list_drawn_from_the_real_captions_asks_about_every_video(shared: Path
 # ---------------------------------------------------------------------------------------------------------- moments
 
 
-def test_a_moment_is_held_against_its_span(folder: Path) -> None:
-    """The query is one frame's own vector, which a text cannot have: so the encoder is taught one."""
-    features = stored(folder)["clip3"]
-    target = features.features[9]
+def slow_moment(
+    query: Float32, video: FrameFeatures, background: float, temperature: float, duration: float
+) -> tuple[float, float]:
+    """Start and end of the run of scenes around the best frame that stand out, scene by scene."""
+    firsts = [*find_scenes(video.features).tolist(), len(video.features)]
+    scores = [max(float(query @ row) for row in video.features[a:b]) for a, b in pairwise(firsts)]
+    first = last = scores.index(max(scores))
+    level = max(scores) - max((max(scores) - background) / 2, 2 * temperature)
+    while first > 0 and scores[first - 1] >= level:
+        first -= 1
+    while last + 1 < len(scores) and scores[last + 1] >= level:
+        last += 1
+    end = float(video.pts_seconds[firsts[last + 1] - 1]) + video.span_seconds
+    return float(video.pts_seconds[firsts[first]]), min(end, duration)
+
+
+def test_the_moment_that_a_search_shows_first_is_held_against_its_span(folder: Path) -> None:
+    """Queries are frames, where a text cannot lie, and anything: so the encoder is taught them."""
+    videos = {name: stored(folder)[name] for name in ("clip0", "clip3")}
+    anything = random_unit(np.random.default_rng(0), 150, 16)
+    queries = np.concatenate([*(video.features for video in videos.values()), anything])
+    taught = {f"query {i}": row for i, row in enumerate(queries)}
 
     class Taught(FakeEncoder):
         def encode_text(self, texts: Sequence[str]) -> Float32:
-            return np.stack([target for _ in texts])
+            plain = super().encode_text(texts)
+            return np.stack([taught.get(text, row) for text, row in zip(texts, plain, strict=True)])
 
-    frames = [stored(folder)[f"clip{i}"] for i in (2, 3)]
-    scores = [score_frames(target, video.features) for video in frames]
-    background = float(np.median(np.concatenate(scores)))  # of all the annotated videos, not of each alone
-    true = [(1.6, 2.0), (1.6, 2.4)]
-    expected, whole = [], []
-    for video, s, (start, end) in zip(frames, scores, true, strict=True):
-        duration = len(s) * video.span_seconds
-        best = find_moments(s, video.pts_seconds, video.span_seconds, background, duration)[0]
-        expected.append(float(temporal_iou(*map(np.array, (best.start_seconds, best.end_seconds, start, end)))))
-        whole.append((end - start) / duration)
-    assert expected == pytest.approx([1, 0.75], abs=0.01)  # with its own level, the first would be half as long
     opened = Material(Collection(folder), Options(draws=0), small_runs.machine(), Taught())
-    content = evaluate_moments(captions(Caption("clip2", "y", *true[0]), Caption("clip3", "x", *true[1])), opened)
-    assert content["scored"]["background_frames"] == sum(map(len, scores))
-    assert values(content)["mean_iou"] == pytest.approx(np.mean(expected))
-    assert values(content, 1)["mean_iou"] == pytest.approx(np.mean(whole), rel=0.1)  # the file's length is its own
+    matched = opened.match(set(videos)).found
+    durations = {name: opened.read([video])[video.video_id].duration_seconds for name, video in matched.items()}
+    assert durations == {"clip0": 1.0, "clip3": 2.5}  # the last frame of clip3 would last until 2.6
+    frame_mean = np.mean([video.features.mean(axis=0) for video in videos.values()], axis=0)  # each counts as much
+    unrelated = float(np.mean(FakeEncoder().encode_text(EVERYDAY_TEXTS) @ frame_mean))
+    rows: list[Caption] = []
+    expected, whole = [], []
+    for (text, query), (name, video) in product(taught.items(), videos.items()):
+        start = 0.1 * (len(rows) % round(10 * durations[name] - 3))  # inside the video
+        level = min(float(query @ frame_mean), unrelated)
+        found = slow_moment(query, video, level, FakeEncoder().spec.temperature, durations[name])
+        rows.append(Caption(name, text, start, start + 0.4))
+        expected.append(float(temporal_iou(*map(np.array, (*found, start, start + 0.4)))))
+        whole.append(0.4 / durations[name])
+    content = evaluate_moments(captions(*rows), opened)
+    assert values(content)["mean_iou"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert values(content)["r1_iou_0.5"] == np.mean(np.array(expected) >= 0.5)
+    assert values(content, 1)["mean_iou"] == pytest.approx(np.mean(whole), abs=1e-6)
+    assert content["scored"]["background_videos"] == 2
 
 
 def test_a_sentence_annotated_twice_is_one_query_that_either_span_answers(folder: Path) -> None:

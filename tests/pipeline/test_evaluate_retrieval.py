@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,23 @@ import pytest
 
 import small_runs
 from fakes import FakeEncoder
+from indexes.generations import current_generation, read_sidecar
 from pipeline.annotations import Caption, read_captions
 from pipeline.collection import Collection
 from pipeline.config import SelectOptions
 from pipeline.errors import UsageError
 from pipeline.evaluate import dual_softmax, rank_rows, retrieval_metrics
 from pipeline.evaluation import retrieval
-from pipeline.evaluation.material import Material, Options
+from pipeline.evaluation.material import ALL_FRAMES, Material, Options
+from pipeline.evaluation.report import report_text
 from pipeline.evaluation.retrieval import evaluate_retrieval, evaluate_scores, pair_up
+from pipeline.moments import find_scenes, pool
 from pipeline.rescore import rescore, score_frames
-from pipeline.select import pool
+from pipeline.select import parse_keep, uniform
 from small_evaluations import (
     WORDS,
     FakeVideoModel,
+    best_score,
     captions,
     material,
     one_each,
@@ -63,6 +68,42 @@ def test_retrieval_ranks_as_loops_over_the_stored_features_do(folder: Path, scor
         assert result["values"] == {name: getattr(metrics, name) for name in result["values"]}
         assert (result["queries"], result["items"]) == (metrics.n_queries, metrics.n_items)
     assert content["split"]["captions_per_video"] == {"least": 1, "mean": 1.25, "most": 2}
+
+
+@pytest.mark.parametrize("score", ["rescore", "mean"])
+@pytest.mark.parametrize("keep", [None, "0.5"])
+@pytest.mark.parametrize("span", [None, (0.3, 1.1)])
+def test_by_moments_ranks_as_slow_loops_over_scenes_do(
+    folder: Path, score: str, keep: str | None, span: tuple[float, float] | None
+) -> None:
+    """Scenes are of all frames, whatever is kept of them and whichever part a caption is about."""
+    texts = [f"{a} {b} {i}" for i, (a, b) in enumerate(product(WORDS, WORDS))]
+    temperature = FakeEncoder().spec.temperature if score == "rescore" else None
+    clips = []
+    for number in range(4):
+        video = stored(folder)[f"clip{number}"]
+        kept = uniform(video.features, parse_keep(keep)).kept if keep else np.ones(len(video.features), np.bool_)
+        if span is not None:
+            kept &= (video.pts_seconds + video.span_seconds > span[0]) & (video.pts_seconds < span[1])
+        scenes = np.split(np.arange(len(kept)), find_scenes(video.features)[1:])
+        clips.append([video.features[frames[kept[frames]]] for frames in scenes if kept[frames].any()])
+    vectors = FakeEncoder().encode_text(texts)
+    matrix = np.array([[best_score(text, moments, temperature) for moments in clips] for text in vectors])
+    right = [i % 4 for i in range(len(texts))]
+    forth = retrieval_metrics(matrix, right, draws=0)
+    back = retrieval_metrics(matrix.T, [[i for i in range(len(texts)) if i % 4 == j] for j in range(4)], draws=0)
+    select = SelectOptions("uniform", keep) if keep else ALL_FRAMES
+    rows = captions(*[Caption(f"clip{i % 4}", text, *(span or ())) for i, text in enumerate(texts)])
+    content = evaluate_retrieval(rows, material(folder, score=score, by="moments", select=select))
+    for result, metrics in zip(content["results"], (forth, back), strict=True):
+        assert result["values"] == {name: getattr(metrics, name) for name in result["values"]}
+    assert content["scored"]["by"] == "moments"
+    assert content["scored"]["moments_per_clip"] == sum(map(len, clips)) / 4
+    assert content["scored"]["frames_per_clip"] == sum(len(rows) for moments in clips for rows in moments) / 4
+    by_video = evaluate_retrieval(rows, material(folder, score=score, select=select))
+    assert by_video["scored"]["by"] == "video" and "moments_per_clip" not in by_video["scored"]
+    if span is None:  # a second of a video may well rank the same either way
+        assert by_video["results"] != content["results"]
 
 
 def test_a_large_matrix_goes_through_in_blocks_with_the_same_figures(
@@ -118,7 +159,7 @@ def test_a_selector_scores_only_what_it_keeps(folder: Path) -> None:
     content = evaluate_retrieval(one_each(), material(folder, select=SelectOptions("uniform", "2"), score="mean"))
     features = stored(folder)
     kept = [features[f"clip{i}"].features for i in range(4)]
-    pooled = [pool(h[[len(h) // 4, 3 * len(h) // 4]], np.zeros(2, np.float32)) for h in kept]
+    pooled = [pool(h[uniform(h, parse_keep("2")).kept], np.zeros(2, np.float32)) for h in kept]
     matrix = FakeEncoder().encode_text(WORDS[:4]) @ np.stack(pooled).T
     assert content["scored"]["frames_per_clip"] == 2
     assert content["scored"]["selector"] == "uniform" and content["scored"]["keep"] == "2"
@@ -191,12 +232,35 @@ def test_the_report_holds_what_decides_the_figures(folder: Path) -> None:
         "keep": None,
         "score": "rescore",
         "temperature": 0.1,
+        "by": "video",
         "frames_per_clip": 9,
     }
     assert content["intervals"] == {"level": 0.95, "draws": 20, "over": "queries", "seed": 4}
-    assert content["index"] == {"factory": "Flat", "videos": 4, "selection": "caption-0.5", "recall_at_10": 1.0}
+    n_moments = sum(len(embedding.moments) for embedding in small_runs.embeddings_of(folder).values())
+    index = content["index"]
+    assert index["questions"] == index["found"] > 4
+    assert index == {
+        "factory": "Flat",
+        "videos": 4,
+        "moments": n_moments,
+        "selection": "caption-0.5",
+        "questions": index["questions"],
+        "found": index["found"],
+    }
     assert content["chance"]["mean_rank"] == 2.5 and content["chance"]["r10"] == 1
     json.dumps(content)
+
+
+def test_the_report_says_what_the_index_finds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sidecar = read_sidecar(current_generation(folder / "index"))
+    report = replace(sidecar.report, n_probes=9, n_found=7, n_vectors=5)
+    monkeypatch.setattr("indexes.generations.read_sidecar", lambda generation: replace(sidecar, report=report))
+    content = evaluate_retrieval(one_each(), material(folder))
+    content["split"]["file"] = "captions.jsonl"
+    assert (
+        "Flat, 5 moments of 4 videos, selection caption-0.5; of 9 questions it finds 7 that an exhaustive search finds "
+        "first; the figures below do not use it"
+    ) in report_text(content)
 
 
 # ---------------------------------------------------------------------------------------------------- ready matrices

@@ -14,12 +14,10 @@ from pipeline.errors import UsageError
 from pipeline.evaluation.clips import Clips, VideoRows, rows_in_span
 from pipeline.evaluation.matching import match_videos
 from pipeline.evaluation.scoring import mean_blocks, rescore_blocks
+from pipeline.moments import pool
 from pipeline.rescore import rescore, score_frames
-from pipeline.select import pool
-from pipeline.types import Float32, Video
-from small_evaluations import (
-    random_unit,
-)
+from pipeline.types import Float32, Int64, Moments, Video
+from small_evaluations import best_score, random_unit
 
 # --------------------------------------------------------------------------------------------------------- matching
 
@@ -51,7 +49,9 @@ def test_a_name_that_fits_two_videos_is_an_error_that_shows_both() -> None:
 
 
 def rows_of(pts: Sequence[float], span: float) -> VideoRows:
-    return VideoRows(np.eye(len(pts), dtype=np.float32), np.array(pts, np.float64), span, 0.0)
+    times, n = np.array(pts, np.float64), len(pts)
+    moment = Moments(np.eye(1, n, dtype=np.float32), times[:1], times[-1:] + span, np.array([n], np.int64))
+    return VideoRows(np.eye(n, dtype=np.float32), moment, times, span, 0.0)
 
 
 @given(
@@ -102,11 +102,35 @@ def test_blocks_of_scores_are_those_of_search_and_index(monkeypatch: pytest.Monk
             assert mean[i] == pytest.approx(pooled, abs=1e-6)
 
 
-def test_equal_texts_and_equal_clips_have_equal_scores_wherever_they_stand() -> None:
+def scenes_of(lengths: Sequence[int]) -> Int64:
+    """Labels of scenes of these lengths, from 3 on."""
+    return np.repeat(np.arange(3, 3 + len(lengths)), lengths)
+
+
+@given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=5), st.integers(0, 99))
+def test_by_moments_a_clip_has_the_score_of_its_best_run_of_one_scene(clips: list[list[int]], seed: int) -> None:
+    """Every clip's scenes have the same labels, so that neighbours may meet in one: that is no common moment."""
+    rng = np.random.default_rng(seed)
+    rows, texts = [random_unit(rng, sum(lengths)) for lengths in clips], random_unit(rng, 3)
+    by_moments = Clips(rows, [scenes_of(lengths) for lengths in clips])
+    whole_ones = [[h] for h in rows]
+    moments = [np.split(h, np.cumsum(lengths)[:-1]) for h, lengths in zip(rows, clips, strict=True)]
+    assert by_moments.parts_per_clip == sum(map(len, clips)) / len(clips)
+    for given_clips, groups in ((by_moments, moments), (Clips(rows), whole_ones)):
+        weighted, mean = whole(rescore_blocks(texts, given_clips, 0.1)), whole(mean_blocks(texts, given_clips))
+        for scores, temperature in ((weighted, 0.1), (mean, None)):
+            assert scores.dtype == np.float32
+            expected = [[best_score(text, group, temperature) for group in groups] for text in texts]
+            assert scores == pytest.approx(np.array(expected), abs=2e-7)
+
+
+@pytest.mark.parametrize("scenes", [None, scenes_of([2, 3])])
+def test_equal_texts_and_equal_clips_have_equal_scores_wherever_they_stand(scenes: Int64 | None) -> None:
     rng = np.random.default_rng(1)
     rows = [random_unit(rng, 5, 64) for _ in range(40)]
     texts = random_unit(rng, 37, 64)
-    twice, clips = np.concatenate([texts, texts[::-1]]), Clips([*rows, *rows[::-1]])
+    twice = np.concatenate([texts, texts[::-1]])
+    clips = Clips([*rows, *rows[::-1]], None if scenes is None else [scenes] * 80)
     for blocks in (rescore_blocks(twice, clips, 0.05), mean_blocks(twice, clips)):
         scores = whole(blocks)
         assert np.array_equal(scores[:37], scores[37:][::-1])

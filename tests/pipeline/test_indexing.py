@@ -10,14 +10,16 @@ import pytest
 
 from fakes import FakeEncoder
 from indexes.generations import current_generation, read_sidecar
-from indexes.search import VectorIndex
+from indexes.id_map import moment_ids, video_key
+from indexes.search import VectorIndex, stored_ids, stored_vectors
 from pipeline import commands, store
-from pipeline.collection import Collection
 from pipeline.commands import Sources
 from pipeline.config import SelectOptions
 from pipeline.errors import FinecoError, IntegrityError, UsageError
 from pipeline.inspect import status_of
-from pipeline.lookup import LOOKUP_FILE, Lookup, index_id
+from pipeline.lookup import LOOKUP_FILE, Lookup
+from pipeline.probes import EVERYDAY_TEXTS
+from pipeline.types import Int64, VideoEmbedding
 from small_runs import FPS5, checked, commits, embeddings_of, machine, make_clip, make_videos, run
 
 
@@ -40,33 +42,43 @@ def collection(videos: Path, tmp_path: Path) -> Path:
 
 def indexed(collection: Path) -> dict[str, str]:
     """What the index in use holds: video id -> path."""
-    with Lookup(current_generation(collection / "index") / LOOKUP_FILE) as lookup:
-        found = {}
-        selection = read_sidecar(current_generation(collection / "index")).selection
-        ids = {index_id(v): v for v in Collection(collection).state().places[f"embeddings/{selection}"]}
-        for identifier, video_id in ids.items():
-            try:
-                number, row, path = lookup.find(identifier)
-            except IntegrityError:
-                continue
+    generation = current_generation(collection / "index")
+    selection, found = read_sidecar(generation).selection, dict[str, str]()
+    with Lookup(generation / LOOKUP_FILE) as lookup:
+        for video in range(len(lookup)):
+            number, row, path = lookup.find(video)
             with store.EmbeddingsShard(collection / "embeddings" / selection / f"{number:06d}.h5") as shard:
-                assert shard.video_ids[row] == video_id
-            found[video_id] = path
+                assert video_key(shard.video_ids[row]) == lookup.id_map.keys[video]
+                assert len(shard.embedding(row).moments) == lookup.id_map.counts[video]
+                found[shard.video_ids[row]] = path
         assert len(found) == len(lookup)
+        np.testing.assert_array_equal(np.sort(stored_ids(generation)), lookup.id_map.ids)
     return found
+
+
+def ids_of(embedding: VideoEmbedding) -> Int64:
+    """Ids of a video's moments in the index."""
+    return moment_ids(np.array([video_key(embedding.video_id)]), np.array([len(embedding.moments)]))
 
 
 def names(collection: Path) -> list[str]:
     return sorted(Path(path).name for path in indexed(collection).values())
 
 
-def test_every_vector_is_in_the_index_under_its_id(collection: Path) -> None:
-    index = VectorIndex.open(current_generation(collection / "index"), FakeEncoder().spec.fingerprint)
-    for path, embedding in embeddings_of(collection).items():
-        ((ids, scores),) = index.search(embedding.vector[None], 1)
-        assert indexed(collection)[embedding.video_id] == path
-        assert ids.tolist() == [index_id(embedding.video_id)]
-        np.testing.assert_allclose(scores, [1.0], atol=1e-6)
+def test_every_moment_is_in_the_index_under_its_id(collection: Path) -> None:
+    generation = current_generation(collection / "index")
+    index = VectorIndex.open(generation, FakeEncoder().spec.fingerprint)
+    embeddings, paths, n_moments = embeddings_of(collection), indexed(collection), 0
+    for path, embedding in embeddings.items():
+        ids, vectors = ids_of(embedding), embedding.moments.vectors
+        assert paths[embedding.video_id] == path
+        np.testing.assert_array_equal(stored_vectors(generation, ids)[1], vectors)
+        for identifier, vector, (found, scores) in zip(ids, vectors, index.search(vectors, 100), strict=True):
+            (at,) = np.flatnonzero(found == identifier).tolist()
+            assert scores[at] == pytest.approx(float(vector @ vector), abs=1e-6)
+        n_moments += len(ids)
+    assert len(paths) == len(embeddings) == 4
+    assert len(index) == n_moments > 4
 
 
 def test_it_is_built_anew_only_when_something_changed(collection: Path) -> None:
@@ -84,6 +96,16 @@ def test_it_is_built_anew_only_when_something_changed(collection: Path) -> None:
 def test_another_kind_is_a_reason_to_build(collection: Path) -> None:
     assert commands.index(collection, "flat", machine=machine())
     assert not commands.index(collection, "flat", machine=machine())
+
+
+def test_another_goal_is_a_reason_to_build_and_is_kept(collection: Path) -> None:
+    assert not commands.index(collection, machine=machine(), recall_goal=0.95)
+    assert commands.index(collection, machine=machine(), recall_goal=0.8)
+    for _ in range(2):
+        assert not commands.index(collection, machine=machine())
+        assert not commands.index(collection, machine=machine(), recall_goal=0.8)
+        assert read_sidecar(current_generation(collection / "index")).extra["recall_goal"] == 0.8
+        commands.index(collection, machine=machine(), force=True)
 
 
 def test_a_removed_video_leaves_the_index_and_comes_back(videos: Path, collection: Path, tmp_path: Path) -> None:
@@ -152,8 +174,38 @@ def test_a_video_selected_anew_is_in_the_index_once(videos: Path, collection: Pa
     assert names(collection) == ["clip0.mp4", "clip1.mp4", "clip2.mp4", "clip3.mp4"]
     (path,) = [path for path in indexed(collection).values() if path.endswith("clip1.mp4")]
     index = VectorIndex.open(current_generation(collection / "index"), FakeEncoder().spec.fingerprint)
-    ((_, scores),) = index.search(embeddings_of(collection)[path].vector[None], 1)
-    np.testing.assert_allclose(scores, [1.0], atol=1e-6)
+    embedding = embeddings_of(collection)[path]
+    assert embedding.n_frames > len(embedding.features)
+    assert len(index) == sum(len(e.moments) for e in embeddings_of(collection).values())
+    found = stored_vectors(current_generation(collection / "index"), ids_of(embedding))[1]
+    np.testing.assert_array_equal(found, embedding.moments.vectors)
+
+
+def test_it_is_measured_with_the_texts_and_the_encoder_of_the_run(collection: Path) -> None:
+    report = read_sidecar(current_generation(collection / "index")).report
+    n_everyday = len(EVERYDAY_TEXTS)
+    assert report.probes == f"2 texts beside videos, {n_everyday} everyday texts, 4 kept frames with noise"
+    assert (report.n_probes, report.n_found) == (n_everyday + 6, n_everyday + 6)
+    assert (report.n_videos, report.factory, report.candidates) == (4, "Flat", 100)
+
+
+def test_the_same_videos_in_another_order_make_an_index_that_finds_the_same(videos: Path, tmp_path: Path) -> None:
+    paths = sorted(str(path) for path in videos.glob("*.mp4"))
+    run(tmp_path / "at once", videos)
+    for path in reversed(paths):
+        run(tmp_path / "one by one", Sources([path]))
+    lookups = []
+    for name in ("at once", "one by one"):
+        assert embeddings_of(tmp_path / name).keys() == set(paths)
+        generation = current_generation(tmp_path / name / "index")
+        report = read_sidecar(generation).report
+        with Lookup(generation / LOOKUP_FILE) as lookup:
+            vectors = stored_vectors(generation, lookup.id_map.ids)[1].tobytes()
+            background = lookup.background
+            columns = (lookup.id_map.keys.tolist(), lookup.id_map.ids.tolist(), lookup.id_map.videos.tolist())
+            measured = (report.n_probes, report.n_found, report.probes, report.n_vectors)
+            lookups.append((columns, vectors, background.frame_mean.tobytes(), background.unrelated, measured))
+    assert lookups[0] == lookups[1]
 
 
 def test_two_generations_are_kept(collection: Path) -> None:

@@ -14,14 +14,16 @@ import pytest
 
 from command_line import fineco
 from fakes import FakeEncoder
+from indexes.generations import SIDECAR_FILE, current_generation
 from pipeline import commands
 from pipeline.commands import Sources
 from pipeline.config import SelectOptions
 from pipeline.doctor import Finding
-from pipeline.files import write_pointer
+from pipeline.files import read_sealed, seal, write_pointer
 from pipeline.inspect import doctor_report, failures_of, failures_text, status_of, status_text
+from pipeline.probes import EVERYDAY_TEXTS
 from pipeline.verify import verify_collection
-from small_runs import HALF, machine, make_clip, make_videos, run
+from small_runs import HALF, embeddings_of, machine, make_clip, make_videos, run
 
 N_VIDEOS = 3
 HALF_AS_RECORDED: dict[str, Any] = {"selector": HALF.selector, "keep": HALF.keep, "topics": []}
@@ -84,6 +86,7 @@ DAMAGES: tuple[Callable[[Path], None], ...] = (flip_a_byte, truncate, Path.unlin
         "embeddings/caption-0.5/000003.h5",
         "index/000002/index.faiss",
         "index/000002/videos.h5",
+        "index/000002/texts.h5",
         "index/000002/index.json",
         "outcomes/000001.jsonl",
     ],
@@ -136,7 +139,11 @@ def test_status_counts_what_is_there(built: Path) -> None:
     assert content["failure_codes"] == {"invalid": 1, "empty": 1}
     assert (content["with_features"], content["with_frames"]) == (4, 0)
     assert content["selection"] == {"name": "caption-0.5", **HALF_AS_RECORDED, "videos": 4}
-    assert content["index"]["n_vectors"] == 4 and content["index"]["up_to_date"]
+    assert content["index"]["n_videos"] == 4 and content["index"]["up_to_date"]
+    assert content["index"]["n_vectors"] == sum(len(e.moments) for e in embeddings_of(built).values()) > 4
+    assert content["index"]["n_probes"] == content["index"]["n_found"] == 1 + 4 + len(EVERYDAY_TEXTS)
+    assert content["index"]["recall"] == 1.0
+    assert content["outdated"] is False
     assert content["bytes"] == verify_collection(built)["bytes"]
     assert json.loads(fineco("status", "--json", "-c", built).out) == content
 
@@ -146,8 +153,24 @@ def test_status_reads_as_a_few_lines(built: Path) -> None:
     assert lines["videos"] == "4 ok, 2 failed"
     assert lines["sampling"] == "5 frames/s"
     assert lines["selection"] == "caption-0.5, 4 videos"
-    assert lines["index"] == "Flat, 4 videos, recall@10 1.000, up to date"
+    n_moments = status_of(built)["index"]["n_vectors"]
+    assert lines["index"] == f"Flat, {n_moments} moments of 4 videos, up to date"
+    n_everyday = len(EVERYDAY_TEXTS)
+    n_questions = n_everyday + 5
+    assert lines["recall"] == (
+        f"of {n_questions} questions (1 text beside videos, {n_everyday} everyday texts, 4 kept frames with noise) "
+        f"the index finds {n_questions} that an exhaustive search finds first"
+    )
     assert lines["failures"].endswith("see 'fineco failures'")
+
+
+def test_an_index_that_does_not_find_everything_says_so(copy: Path) -> None:
+    generation = current_generation(copy / "index")
+    content = read_sealed(generation / SIDECAR_FILE)
+    content["report"] |= {"n_probes": 3, "n_found": 2, "probes": "3 texts", "nprobe": 0}
+    (generation / SIDECAR_FILE).write_bytes(seal(content))
+    assert status_of(copy)["index"]["recall"] == 0.6667
+    assert text_of(copy)["recall"] == "of 3 questions (3 texts) the index finds 2 that an exhaustive search finds first"
 
 
 def test_another_selection_makes_the_index_out_of_date(copy: Path) -> None:

@@ -197,7 +197,7 @@ def test_other_text_beside_a_video_selects_it_anew_without_embedding(own: tuple[
 def test_a_video_without_text_is_sampled_uniformly_and_says_so(finished: Path, tmp_path: Path) -> None:
     summary = run(tmp_path / "c", finished / "videos")
     assert summary.selectors == {"caption": len(CAPTIONS), "uniform": 4 - len(CAPTIONS)}
-    assert "videos without text of their own were sampled uniformly" in summary.lines("embedded")
+    assert "videos without text of their own keep frames that cover them (uniform)" in summary.lines("embedded")
     for path, embedding in embeddings_of(tmp_path / "c").items():
         assert embedding.selector == ("caption" if Path(path).with_suffix(".txt").exists() else "uniform")
 

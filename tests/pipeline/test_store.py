@@ -7,19 +7,23 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 
-from pipeline import store
+from indexes.id_map import IdMap, moment_ids
+from pipeline import schema, store
 from pipeline.errors import FinecoError, IntegrityError
 from pipeline.files import check_file
 from pipeline.lookup import Lookup, write_lookup
+from pipeline.probes import Background
 from pipeline.store import StoredFrames, StoredVideo
-from pipeline.types import Float32, Float64, FrameFeatures, VideoEmbedding
+from pipeline.types import Float32, Float64, FrameFeatures, Moments, VideoEmbedding
 
 DIM = 8
 CANARY = b"CANARY-of-another-file " * 64
@@ -40,10 +44,30 @@ def video(number: int) -> StoredVideo:
     return StoredVideo(f"clip-{number}", f"{number:032x}", 10.0 + number)
 
 
+def moments(number: int, n: int) -> Moments:
+    """Of `n` kept frames: all but the last one, where there are others, and that one."""
+    n_frames = np.array([n - 1, 1] if n > 1 else [1], np.int64)
+    ends = np.cumsum(n_frames)
+    starts = ends - n_frames
+    vectors = store.round_features(unit_rows(len(n_frames), 50 + number))
+    return Moments(vectors, times(n)[starts], times(n)[ends - 1] + 0.25, n_frames)
+
+
 def embedding(number: int, n: int) -> VideoEmbedding:
     rows = store.round_features(unit_rows(n, number))
     scores = np.linspace(-1, 1, n, dtype=np.float32)
-    return VideoEmbedding(f"clip-{number}", unit_rows(1, number)[0], rows, times(n), scores, 0.5, n + 3, "caption")
+    vector = unit_rows(1, number)[0]
+    return VideoEmbedding(f"clip-{number}", vector, rows, moments(number, n), times(n), scores, 0.5, n + 3, "caption")
+
+
+def check_same(found: VideoEmbedding, expected: VideoEmbedding) -> None:
+    """Every value, to the bit."""
+    for name in ("vector", "features", "pts_seconds", "scores"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    for name in ("vectors", "start_seconds", "end_seconds", "n_frames"):
+        np.testing.assert_array_equal(getattr(found.moments, name), getattr(expected.moments, name))
+    for name in ("video_id", "span_seconds", "n_frames", "selector"):
+        assert getattr(found, name) == getattr(expected, name)
 
 
 def write_some_embeddings(path: Path) -> None:
@@ -82,12 +106,47 @@ def test_features_come_back_as_they_were_rounded(tmp_path: Path) -> None:
 def test_embeddings_come_back_whole(tmp_path: Path) -> None:
     write_some_embeddings(tmp_path / "1.h5")
     with store.EmbeddingsShard(tmp_path / "1.h5") as shard:
-        for i, n in enumerate((3, 1, 4)):
-            back, expected = shard.embedding(i), embedding(i, n)
-            for name in ("vector", "features", "pts_seconds", "scores"):
-                np.testing.assert_array_equal(getattr(back, name), getattr(expected, name))
-            assert (back.span_seconds, back.n_frames, back.selector) == (0.5, n + 3, "caption")
+        expected = [embedding(i, n) for i, n in enumerate((3, 1, 4))]
+        for i, video_of_row in enumerate(expected):
+            check_same(shard.embedding(i), video_of_row)
         np.testing.assert_array_equal(shard.vectors(), np.stack([unit_rows(1, i)[0] for i in range(3)]))
+        assert shard.dim == DIM
+        assert shard.offsets.tolist() == [0, 3, 4, 8]
+        assert shard.moment_offsets.tolist() == [0, 2, 3, 5]
+        for read, name in ((shard.all_features(), "features"), (shard.moment_vectors(), "moments.vectors")):
+            assert read.dtype == np.float32
+            np.testing.assert_array_equal(read, np.concatenate([attrgetter(name)(e) for e in expected]))
+
+
+def test_rows_are_copied_with_their_moments_and_their_digests(tmp_path: Path) -> None:
+    """Out of several shards, in another order."""
+    write_some_embeddings(tmp_path / "1.h5")
+    store.write_embeddings(tmp_path / "2.h5", [(video(7), embedding(7, 5))])
+    with store.EmbeddingsShard(tmp_path / "1.h5") as one, store.EmbeddingsShard(tmp_path / "2.h5") as two:
+        store.copy_rows(tmp_path / "3.h5", [one.rows(2), two.rows(0), one.rows(1)])
+        digests = [one.row_digest(2), two.row_digest(0), one.row_digest(1)]
+    with store.EmbeddingsShard(tmp_path / "3.h5") as shard:
+        for row, (number, n) in enumerate(((2, 4), (7, 5), (1, 1))):
+            check_same(shard.embedding(row), embedding(number, n))
+            assert shard.row_digest(row) == digests[row]
+        assert shard.moment_offsets.tolist() == [0, 2, 4, 5]
+
+
+def test_what_has_moments_is_of_a_later_version(tmp_path: Path) -> None:
+    """The files of the version before are refused and not misread; frames and features are as they were."""
+    write_some_embeddings(tmp_path / "1.h5")
+    write_a_lookup(tmp_path / "v.h5")
+    for name, kind, what in (("1.h5", store.EmbeddingsShard, "embeddings"), ("v.h5", Lookup, "lookup")):
+        with h5py.File(tmp_path / name, "r+") as file:
+            assert file.attrs["schema"] == 3
+            file.attrs["schema"] = np.int64(2)
+        with pytest.raises(IntegrityError, match=f"not an? {what} shard of schema 3"):
+            kind(tmp_path / name)
+    store.write_frames(tmp_path / "f.h5", [StoredFrames(video(0), [b"abc"], times(1), 1.0)])
+    store.write_features(tmp_path / "x.h5", [(video(0), FrameFeatures("x", unit_rows(1), times(1), 1.0))])
+    for name in ("f.h5", "x.h5"):
+        with h5py.File(tmp_path / name) as file:
+            assert file.attrs["schema"] == 2
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
@@ -96,16 +155,54 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "1.h5").read_bytes() == (tmp_path / "b" / "1.h5").read_bytes()
 
 
-def test_lookup_finds_every_id_with_any_path(tmp_path: Path) -> None:
+def write_a_lookup(
+    path: Path,
+    keys: list[int] = [3, 2**53, 2**53 + 1, 2**63 - 1],  # noqa: B006 - never changed
+    paths: list[str] | None = None,
+    unrelated: float | None = 0.25,
+) -> IdMap:
+    """A lookup of videos of 1, 2, 3, 4 ... moments; video number v lies in row 10 v of commit v."""
+    id_map = IdMap.of(np.array(keys, np.int64), np.arange(1, len(keys) + 1, dtype=np.int32))
+    places = np.array([[v, 10 * v] for v in range(len(keys))], np.int64).reshape(-1, 2)
+    names = [f"/v/{v}.mp4" for v in range(len(keys))] if paths is None else paths
+    gallery: Any = SimpleNamespace(id_map=id_map, places=places, paths=names)
+    write_lookup(path, gallery, Background(unit_rows(1, 9)[0], unrelated))
+    return id_map
+
+
+def test_lookup_finds_the_video_of_every_moment_with_any_path(tmp_path: Path) -> None:
     paths = ["/a/plain.mp4", "/a/new\nline.mp4", "/a/not-utf8-\udcff\udc80.mp4", "/a/'\"日本.mp4", ""]
-    ids = [7, 2**63 - 1, 0, 2**53 + 1, 2**53]
-    write_lookup(tmp_path / "v.h5", [(ids[i], i, 10 * i, path) for i, path in enumerate(paths)])
+    keys = [0, 7, 2**53, 2**53 + 1, 2**63 - 1]
+    id_map = write_a_lookup(tmp_path / "v.h5", keys, paths)
     with Lookup(tmp_path / "v.h5") as lookup:
         assert len(lookup) == 5
-        assert [lookup.find(x) for x in ids] == [(i, 10 * i, path) for i, path in enumerate(paths)]
+        for name in ("keys", "counts", "ids", "videos"):
+            back, expected = getattr(lookup.id_map, name), getattr(id_map, name)
+            assert back.dtype == expected.dtype
+            np.testing.assert_array_equal(back, expected)
+        for video, key in enumerate(keys):
+            ids = moment_ids(np.array([key]), np.array([video + 1]))
+            assert lookup.id_map.videos_of(ids).tolist() == [video] * (video + 1)
+            assert lookup.find(video) == (video, 10 * video, paths[video])
+            assert lookup.place(video) == (video, 10 * video)
+        assert lookup.places() == {video: [(10 * video, video)] for video in range(5)}
         for absent in (1, 2**53 + 2, 2**62):
-            with pytest.raises(IntegrityError, match=str(absent)):
-                lookup.find(absent)
+            with pytest.raises(IntegrityError, match="the list beside it does not"):
+                lookup.id_map.videos_of(np.array([absent]))
+
+
+@pytest.mark.parametrize("unrelated", [0.25, -0.125, 0.0, None])
+def test_lookup_says_what_a_query_scores_where_nothing_matches(unrelated: float | None, tmp_path: Path) -> None:
+    write_a_lookup(tmp_path / "v.h5", unrelated=unrelated)
+    with Lookup(tmp_path / "v.h5") as lookup:
+        assert lookup.background.unrelated == unrelated
+        np.testing.assert_array_equal(lookup.background.frame_mean, unit_rows(1, 9)[0])
+
+
+def test_a_lookup_of_no_videos_comes_back(tmp_path: Path) -> None:
+    write_a_lookup(tmp_path / "v.h5", [])
+    with Lookup(tmp_path / "v.h5") as lookup:
+        assert (len(lookup), len(lookup.id_map), lookup.places()) == (0, 0, {})
 
 
 # -------------------------------------------------------------------------------------------------- hostile files
@@ -152,6 +249,30 @@ HOSTILE: dict[str, tuple[str, Callable[[Any, Path], None]]] = {
     "ids not ascii": (
         "video_ids",
         lambda f, secret: f.create_dataset("video_ids", data=np.array(["é".encode()] * 3, "S128")),
+    ),
+    "too few moments": (
+        "moment_starts",
+        lambda f, secret: f.create_dataset("moment_starts", data=np.zeros(4)),
+    ),
+    "too few moments' vectors": (
+        "moment_vectors",
+        lambda f, secret: f.create_dataset("moment_vectors", data=unit_rows(4).astype(np.float16)),
+    ),
+    "too many moments' frames": (
+        "moment_frames",
+        lambda f, secret: f.create_dataset("moment_frames", data=np.ones(6, np.int64)),
+    ),
+    "moments of other dtype": (
+        "moment_vectors",
+        lambda f, secret: f.create_dataset("moment_vectors", data=unit_rows(5)),
+    ),
+    "giant moments": (
+        "moment_vectors",
+        lambda f, secret: f.create_dataset("moment_vectors", (5, 10**11), "<f2"),
+    ),
+    "external moments": (
+        "moment_ends",
+        lambda f, secret: f.create_dataset("moment_ends", (5,), "<f8", external=[(str(secret), 0, 40)]),
     ),
     "too few ids": ("video_ids", lambda f, secret: f.create_dataset("video_ids", data=np.array([b"a"], "S128"))),
 }
@@ -216,7 +337,7 @@ def test_offsets_that_do_not_fit_the_rows_are_refused(lie: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("offsets", [[0, 100, 6], [0, -2, 6], [0, 3, 7], [0, 6], [1, 3, 6]])
 def test_offsets_of_paths_and_jpegs_are_checked(offsets: list[int], tmp_path: Path) -> None:
-    write_lookup(tmp_path / "v.h5", [(1, 0, 0, "abc"), (2, 0, 1, "def")])
+    write_a_lookup(tmp_path / "v.h5", [1, 2], ["abc", "def"])
     store.write_frames(tmp_path / "f.h5", [StoredFrames(video(0), [b"abc", b"def"], times(2), 1.0)])
     data = np.array(offsets, np.int64)
     for file_name, name, kind in (
@@ -224,16 +345,68 @@ def test_offsets_of_paths_and_jpegs_are_checked(offsets: list[int], tmp_path: Pa
         ("f.h5", "jpeg_offsets", store.FramesShard),
     ):
         change(tmp_path / file_name, name, lambda file, name=name: file.create_dataset(name, data=data))  # type: ignore[misc]
-        with pytest.raises(IntegrityError, match=name):
+        with pytest.raises(IntegrityError, match=rf"{name}|columns of different lengths"):
             kind(tmp_path / file_name)
 
 
-def test_lookup_ids_out_of_order_are_refused(tmp_path: Path) -> None:
-    write_lookup(tmp_path / "v.h5", [(i, 0, 0, "") for i in range(3)])
-    for ids in ([0, 2, 1], [0, 1, 1], [2**62, -(2**62) - 2, 5]):
-        change(tmp_path / "v.h5", "ids", lambda file, ids=ids: file.create_dataset("ids", data=np.array(ids)))  # type: ignore[misc]
-        with pytest.raises(IntegrityError, match="ids are not sorted"):
-            Lookup(tmp_path / "v.h5")
+@pytest.mark.parametrize(
+    "offsets",
+    [[0, 2, 3, 6], [1, 2, 3, 5], [0, 4, 3, 5], [0, -1, 3, 5], [0, 2, 5], [0, 2, 3, 4, 5], [0, 2**62, -(2**62), 5]],
+)
+def test_offsets_of_moments_are_checked(offsets: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "1.h5"
+    write_some_embeddings(path)
+    change(path, "moment_offsets", lambda file: file.create_dataset("moment_offsets", data=np.array(offsets)))
+    with pytest.raises(IntegrityError, match="moment_offsets"):
+        store.EmbeddingsShard(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("moment_ids", [2, 0, 1, 3, 4, 5], "ids are not sorted"),
+        ("moment_ids", [0, 1, 1, 2, 3, 4], "ids are not sorted"),
+        ("moment_ids", [2**62, -(2**62) - 2, 5, 6, 7, 8], "ids are not sorted"),
+        ("moment_ids", [0, 1, 2, 3, 4], "do not fit each other"),
+        ("moment_videos", [0, 1, 1, 1, 2, 2], "moments are missing"),
+        ("moment_videos", [0, 1, 1, 2, 2, 3], "moments are missing"),
+        ("moment_videos", [0, 1, 1, 2, 2, -1], "negative"),
+        ("counts", [1, 2, 4], "moments are missing"),
+        ("counts", [3, 0, 3], "do not fit each other"),
+        ("counts", [1, 2], "do not fit each other"),
+        ("keys", [7, 9, 8], "keys are not sorted"),
+        ("keys", [7, 7, 8], "keys are not sorted"),
+        ("keys", [2**62, -(2**62) - 2, 5], "keys are not sorted"),
+        ("keys", [7, 8], "do not fit each other"),
+        ("places", [[0, 0], [1, 10]], "different lengths"),
+        ("places", [[0], [1], [2]], "different lengths"),
+    ],
+)
+def test_a_lookup_whose_columns_do_not_fit_each_other_is_refused(
+    name: str, values: list[Any], message: str, tmp_path: Path
+) -> None:
+    write_a_lookup(tmp_path / "v.h5", [7, 8, 9])
+    data = np.array(values, np.int32 if name in ("counts", "moment_videos") else np.int64)
+    change(tmp_path / "v.h5", name, lambda file: file.create_dataset(name, data=data))
+    with pytest.raises(IntegrityError, match=rf"v\.h5.*{message}"):
+        Lookup(tmp_path / "v.h5")
+
+
+@pytest.mark.parametrize(
+    "change_it", [lambda m: m[::-1], lambda m: m + 1, lambda m: m - 1], ids=["back", "more", "less"]
+)
+def test_moments_that_are_not_of_the_kept_frames_are_damage(change_it: Callable[[Any], Any], tmp_path: Path) -> None:
+    """Even with a digest that is right."""
+    path = tmp_path / "1.h5"
+    write_some_embeddings(path)
+    with store.EmbeddingsShard(path, whole=True) as shard:
+        columns = dict(shard._datasets)
+    columns["moment_frames"] = change_it(columns["moment_frames"])
+    store.write_shard(path, "embeddings", schema.EMBEDDINGS, columns, schema.MOMENTS_SCHEMA_VERSION)
+    with store.EmbeddingsShard(path) as shard:
+        for row in (0, 2):
+            with pytest.raises(IntegrityError, match=f"clip-{row}"):
+                shard.embedding(row)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 7.0])
@@ -260,7 +433,7 @@ def test_no_byte_of_another_file_is_read_and_memory_stays_small(tmp_path: Path) 
     code = """
         import sys
         from pathlib import Path
-        from pipeline import store
+        from pipeline import schema, store
         from pipeline.errors import IntegrityError
         for name in sys.argv[1:]:
             try:
@@ -319,11 +492,7 @@ def test_random_damage_gives_what_was_written_or_an_integrity_error(tmp_path: Pa
         try:
             with store.EmbeddingsShard(path) as shard:
                 for row in range(len(shard)):
-                    back = shard.embedding(row)
-                    for name in ("vector", "features", "pts_seconds", "scores"):
-                        np.testing.assert_array_equal(getattr(back, name), getattr(written[row], name))
-                    for name in ("video_id", "span_seconds", "n_frames", "selector"):
-                        assert getattr(back, name) == getattr(written[row], name)
+                    check_same(shard.embedding(row), written[row])
         except IntegrityError:
             refused += 1
     assert refused > 50
@@ -353,7 +522,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path: Path) -> No
         import resource, sys
         from pathlib import Path
         import numpy as np
-        from pipeline import store
+        from pipeline import schema, store
         from pipeline.errors import FinecoError
         from pipeline.types import FrameFeatures
         rows = np.zeros((4096, 64), np.float32)
