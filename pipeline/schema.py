@@ -42,3 +42,6 @@ EMBEDDINGS: Schema = {
     "moment_ends": ("<f8", 1),
     "moment_frames": ("<i8", 1),
 }
+
+# Columns that are small beside what they are about: read as a whole when a shard is opened.
+SMALL = frozenset(BY_VIDEO) - {"vectors"} | {"offsets", "row_digests", "jpeg_offsets", "moment_offsets"}

@@ -42,6 +42,7 @@ from pipeline.schema import (
     MOMENTS_SCHEMA_VERSION,
     ROW_DIGEST_BYTES,
     SCHEMA_VERSION,
+    SMALL,
     Schema,
 )
 from pipeline.types import Float32, Float64, FrameFeatures, Int64, Moments, UInt8, VideoEmbedding, check_times
@@ -291,13 +292,15 @@ class Shard:
     def _read_videos(self) -> None:
         """Reads what is small, and checks that lengths and offsets fit each other."""
         get = self._datasets
-        self.offsets: NDArray[np.int64] = get["offsets"][:]
+        for name in [name for name in get if name in SMALL]:
+            get[name] = get[name][:]  # once, and not again for every video: a read costs more than the bytes
+        self.offsets: NDArray[np.int64] = get["offsets"]
         n_videos = len(self.offsets) - 1
-        self.video_ids = [x.decode("ascii") for x in get["video_ids"][:].tolist()]
-        self.contents = [x.decode("ascii") for x in get["contents"][:].tolist()]
-        self.spans: Float64 = get["span_seconds"][:]
-        self.durations: Float64 = get["duration_seconds"][:]
-        self._row_digests: UInt8 = get["row_digests"][:]
+        self.video_ids = [x.decode("ascii") for x in get["video_ids"].tolist()]
+        self.contents = [x.decode("ascii") for x in get["contents"].tolist()]
+        self.spans: Float64 = get["span_seconds"]
+        self.durations: Float64 = get["duration_seconds"]
+        self._row_digests: UInt8 = get["row_digests"]
         columns = (self.video_ids, self.contents, self.spans, self.durations, self._row_digests)
         if {len(x) for x in columns} != {n_videos} or self._row_digests.shape[1] != ROW_DIGEST_BYTES:
             raise ValueError("columns of different lengths")
@@ -357,7 +360,7 @@ class FramesShard(Shard):
     kind, schema = "frames", FRAMES
 
     def _check_lengths(self) -> None:
-        self._jpeg_offsets: NDArray[np.int64] = self._datasets["jpeg_offsets"][:]
+        self._jpeg_offsets: NDArray[np.int64] = self._datasets["jpeg_offsets"]
         check_offsets("jpeg_offsets", self._jpeg_offsets, len(self._datasets["jpeg"]))
         if len(self._jpeg_offsets) != self.offsets[-1] + 1:
             raise ValueError("jpeg_offsets do not fit the frames")
@@ -430,7 +433,7 @@ class EmbeddingsShard(Shard):
     def _check_lengths(self) -> None:
         self._check_length(int(self.offsets[-1]), "features", "scores")
         self._check_length(len(self), "vectors", "n_frames", "selectors")
-        self.moment_offsets: Int64 = self._datasets["moment_offsets"][:]
+        self.moment_offsets: Int64 = self._datasets["moment_offsets"]
         self._check_length(len(self) + 1, "moment_offsets")
         check_offsets("moment_offsets", self.moment_offsets, len(self._datasets["moment_frames"]))
         self._check_length(int(self.moment_offsets[-1]), *BY_MOMENT)

@@ -305,7 +305,8 @@ def test_a_hostile_dataset_is_refused_when_the_file_is_opened(
     with pytest.raises(IntegrityError, match=rf"1\.h5.*{reason}"), store.EmbeddingsShard(path):
         pass
     name = HOSTILE[what][0] if what in HOSTILE else "scores"
-    assert name == "video_ids" or f"/{name}" not in read
+    plain_and_small = name == "video_ids" or what.startswith("too few")  # no more than wrong: they are read
+    assert plain_and_small or f"/{name}" not in read
 
 
 LIES = {
