@@ -36,11 +36,13 @@ class Probes:
         vectors: (Q, D) float32 unit rows.
         right: For each the videos (numbers in the id map) that an exhaustive search finds first; several where equal.
         about: What they are, for a person, e.g. `100 texts beside videos`.
+        n_videos: The exhaustive search was among the first so many videos of the id map; None: among all.
     """
 
     vectors: Float32
     right: Sequence[NDArray[np.int32]]
     about: str
+    n_videos: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,9 +240,16 @@ def _tune(
         if nprobe:
             faiss.extract_index_ivf(index).nprobe = nprobe
 
+    share, among = 1.0, None
+    if probes.n_videos is not None and probes.n_videos < plan.n_videos:
+        share, among = probes.n_videos / plan.n_videos, id_map.ids_of(np.arange(probes.n_videos))
+
+    def search(queries: Float32, k: int, without: Int64 | None = None) -> list[tuple[Int64, Float32]]:
+        return search_index(index, queries, k, without, among)
+
     def found(nprobe: int, candidates: int) -> int:
-        look_into(nprobe)
-        proposed = propose_videos(lambda *args: search_index(index, *args), id_map, probes.vectors, candidates)
+        look_into(nprobe)  # of a sample of the videos, as large a share of the candidates is to be expected
+        proposed = propose_videos(search, id_map, probes.vectors, max(1, round(share * candidates)))
         pairs = zip(proposed, probes.right, strict=True)
         return sum(bool(np.isin(right, videos).any()) for (videos, _), right in pairs)
 

@@ -60,29 +60,37 @@ def _by_video(id_map: IdMap, ids: Int64, cosines: Float32) -> tuple[NDArray[np.i
     return videos[first], cosines[first]
 
 
-def search_index(index: Any, queries: Float32, k: int, without: Int64 | None = None) -> list[tuple[Int64, Float32]]:
+def search_index(
+    index: Any, queries: Float32, k: int, without: Int64 | None = None, among: Int64 | None = None
+) -> list[tuple[Int64, Float32]]:
     """The nearest `k` moments of each query in an index of FAISS, as it is set: (ids, cosines), best first.
 
     Fewer when the index, or the cells that it looks into, hold fewer.
 
     Args:
         queries: (Q, D) float32 unit rows.
-        without: Int64 that are left out.
+        without: Ids that are left out.
+        among: The only ids that are looked for; None: all.
     """
     k = min(k, index.ntotal)
     if k < 1:
         return [(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in queries]
-    params = None if without is None or len(without) == 0 else _leaving_out(index, without)
+    params = _only(index, without, among)
     scores, ids = index.search(np.ascontiguousarray(queries, np.float32), k, params=params)
     return [_ranked(*row) for row in zip(ids, scores, strict=True)]
 
 
-def _leaving_out(index: Any, ids: Int64) -> Any:
-    """FAISS's parameters of a search that passes by some ids."""
+def _only(index: Any, without: Int64 | None, among: Int64 | None) -> Any:
+    """FAISS's parameters of a search for some ids; None for a search for all."""
     import faiss as typed
 
     faiss: Any = typed  # its stubs do not know the fields of its parameters
-    selector = faiss.IDSelectorNot(faiss.IDSelectorBatch(ids))
+    selector = None if among is None else faiss.IDSelectorBatch(among)
+    if without is not None and len(without):
+        others = faiss.IDSelectorNot(faiss.IDSelectorBatch(without))
+        selector = others if selector is None else faiss.IDSelectorAnd(selector, others)
+    if selector is None:
+        return None
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is None:
         return faiss.SearchParameters(sel=selector)

@@ -213,7 +213,7 @@ def compare(collection: Collection, queries: Sequence[str], owners: Sequence[str
     number_of = {video_id: number for number, video_id in enumerate(gallery.video_ids)}
     right = np.array([number_of[owner] for owner in owners])
     vectors = np.concatenate([encode_texts(encoder, [query]) for query in queries])
-    scores, n_frames = score_all(vectors, gallery.frames(), len(gallery), encoder.spec.temperature)
+    scores, n_frames = score_all(vectors, gallery.frames(len(gallery)), len(gallery), encoder.spec.temperature)
     n_candidates = read_sidecar(current_generation(collection.folder / INDEX)).report.candidates
 
     by_mean = nearest(vectors @ _means(snapshot, selection, number_of).T, n_candidates)

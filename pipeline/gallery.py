@@ -25,12 +25,13 @@ BLOCK_ROWS = 8192  # kept frames that are looked at together: 16 MB at 512 dimen
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The living videos of one shard: its commit, their rows in it, keys, and numbers of moments; all (V,)."""
+    """The V living videos of one shard: its commit; and their rows there, keys, numbers of moments and of frames."""
 
     number: int
     rows: NDArray[np.intp]
     keys: Int64
     counts: Int32
+    lengths: Int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Gallery:
     Attributes:
         id_map: Its moments; videos are numbered by ascending key.
         places: (V, 2) commit and row of every video, in the order of the id map.
-        video_ids, paths: Of every video, in that order.
+        video_ids, paths, lengths: Of every video, in that order: its id, where it is, how many kept frames it has.
         dim: Of a vector.
 
     Raises:
@@ -83,7 +84,8 @@ class Gallery:
                 ids += (some := [shard.video_ids[row] for row in rows])
                 counts = np.diff(shard.moment_offsets)[rows].astype(np.int32)
                 keys = np.array([video_key(v) for v in some], np.int64)
-                self._parts.append(_Part(number, np.array(rows, np.intp), keys, counts))
+                lengths = np.diff(shard.offsets)[rows]
+                self._parts.append(_Part(number, np.array(rows, np.intp), keys, counts, lengths))
         keys = _concatenated([part.keys for part in self._parts], np.int64)
         order = np.argsort(keys, kind="stable")
         self._keys = keys[order]
@@ -97,6 +99,7 @@ class Gallery:
         numbers = np.repeat([part.number for part in self._parts], [len(part.rows) for part in self._parts])
         all_rows = _concatenated([part.rows for part in self._parts], np.intp)
         self.places: Int64 = np.stack([numbers, all_rows], axis=1).astype(np.int64).reshape(-1, 2)[order]
+        self.lengths = _concatenated([part.lengths for part in self._parts], np.int64)[order]
         self.paths = [snapshot.state.paths[ids[at]] for at in order.tolist()]
         self.video_ids = [ids[at] for at in order.tolist()]
 
@@ -110,24 +113,26 @@ class Gallery:
                 where = _rows_of(shard.moment_offsets, part.rows)
                 yield moment_ids(part.keys, part.counts), _taken(shard.moment_vectors(), where)
 
-    def frames(self) -> Iterator[FrameBlock]:
-        """The kept frames of every video once, in blocks of bounded size."""
-        for part in self._parts:
-            with self._open(part.number) as shard:
-                features = shard.all_features()
-                lengths = np.diff(shard.offsets)[part.rows]
-                videos = np.searchsorted(self._keys, part.keys).astype(np.int32)
-                cuts = np.flatnonzero(np.diff(np.cumsum(lengths) // BLOCK_ROWS)) + 1
-                for some in np.split(np.arange(len(videos)), cuts):
-                    block = _taken(features, _rows_of(shard.offsets, part.rows[some]))
-                    yield FrameBlock(videos[some], block, store.offsets_of(lengths[some].tolist()))
+    def frames(self, n_videos: int) -> Iterator[FrameBlock]:
+        """The kept frames of the first `n_videos` videos by key, which are a sample by chance.
 
-    def kept_frames(self, video: int) -> Float32:
-        """(K, D) kept frames of one video."""
-        number, row = self.places[video].tolist()
-        with self._open(number) as shard:
-            features: Float32 = shard.embedding(row).features
-            return features
+        They come in no order, in blocks of bounded size unless a single video is larger.
+        """
+        for part in self._parts:
+            videos = np.searchsorted(self._keys, part.keys).astype(np.int32)
+            wanted = np.flatnonzero(videos < n_videos)
+            if len(wanted) == 0:
+                continue
+            lengths = part.lengths[wanted]
+            cuts = np.flatnonzero(np.diff(np.cumsum(lengths) // BLOCK_ROWS)) + 1
+            with self._open(part.number) as shard:
+                for some in np.split(wanted, cuts):
+                    features = np.concatenate([shard.kept_features(row) for row in part.rows[some].tolist()])
+                    yield FrameBlock(videos[some], features, store.offsets_of(part.lengths[some].tolist()))
+
+    def n_videos_of(self, n_frames: int) -> int:
+        """How many of the first videos by key have so many kept frames at most together; one at least."""
+        return max(1, int(np.searchsorted(np.cumsum(self.lengths), n_frames, side="right")))
 
     def _open(self, number: int) -> store.EmbeddingsShard:
         return store.EmbeddingsShard(self._folder / f"{number:06d}.h5")

@@ -22,8 +22,8 @@ from pipeline.types import Bool, Float32, Float64, FrameFeatures, Int64, Moments
 Starts = NDArray[np.intp]  # (G,) increasing, the first is 0: group g has the frames [starts[g], starts[g + 1])
 
 SCENE_SHARE = 0.4
-# Of the variance of a video's frames, what a merge inside a scene may cost. On composed videos whose scenes are known
-# (benchmarks/moments_at_scale.py), 0.2 to 1.0 find 0.95 to 1.07 times as many scenes as there are.
+# Of the variance of a video's frames, what a merge inside a scene may cost. On composed videos whose scenes are known,
+# as those of benchmarks/moments_at_scale.py, 0.2 to 1.0 find 0.95 to 1.07 times as many scenes as there are.
 NEAR_EQUAL = 0.05  # what a merge may cost in any video: two frames with a cosine of 0.95 are the same picture
 
 SHORTEST_MEAN = 1e-5  # a mean of unit vectors shorter than this is rounding noise without a direction

@@ -1,8 +1,9 @@
 """Questions with known answers, by which an index is measured when it is built: what does it find of what there is?
 
 The answer to a question is what an exhaustive search finds first, one that scores every kept frame of every video with
-it as a search scores its candidates (`pipeline.rescore`). Questions are texts beside videos, as far as there are any;
-else kept frames with noise; and everyday texts that are about no video in particular. Which ones depends on the videos
+it as a search scores its candidates (`pipeline.rescore`). Where that would be too many frames, a sample of the videos
+stands for all, and the index is asked for those alone. Questions are texts beside videos, as far as there are any; else
+kept frames with noise; and everyday texts that are about no video in particular. Which ones depends on the videos
 alone, never on their order, so that growing a collection changes few of them.
 """
 
@@ -35,6 +36,8 @@ EVERYDAY_TEXTS = (
     *("a white ring moves right at the top", "a big yellow star at the bottom", "a tiny purple cross moves up"),
     *("an orange diamond on the right", "a cyan crescent is falling"),
 )
+SCORED_FRAMES = 5_000_000  # takes a minute at 512 dimensions on one processor, and 10 GB to read
+SCORES_AT_ONCE = 4_000_000  # cosines of questions and frames: 32 MB, of which some five are in memory
 SCALE = float(1 << 40)  # of sums in whole numbers, which come to the same in any order
 
 
@@ -66,7 +69,7 @@ def sampled_texts(texts: Mapping[str, Sequence[str]]) -> list[str]:
 def make_probes(
     gallery: Gallery, texts: Sequence[str], encode: Callable[[Sequence[str]], Float32], temperature: float
 ) -> tuple[Probes, Background]:
-    """Questions for an index over a gallery, with their answers; and the gallery's background.
+    """Questions for an index over a gallery, with their answers; and the gallery's background, of the same videos.
 
     Args:
         texts: Beside the videos (`sampled_texts`).
@@ -79,30 +82,36 @@ def make_probes(
     group_of = np.repeat(np.arange(len(groups)), [len(rows) for rows in groups])
     answers = _Answers(len(asked))
     total = np.zeros(asked.shape[1], np.int64)
-    for block in gallery.frames():
-        answers.add(block, rescore(asked @ block.features.T, block.offsets, temperature))
+    n_videos = gallery.n_videos_of(SCORED_FRAMES)
+    for block in gallery.frames(n_videos):
+        answers.add(block, _scores(asked, block, temperature))
         total += np.rint(_means(block) * SCALE).astype(np.int64).sum(axis=0)
-    frame_mean = (total / SCALE / len(gallery)).astype(np.float32)
+    frame_mean = (total / SCALE / n_videos).astype(np.float32)
     unrelated = float((everyday @ frame_mean).mean()) if len(everyday) else None
     clear = [question for question, videos in enumerate(answers.videos) if len(videos) <= MOST_TIED]
     n_beside, n_everyday, n_frames = np.bincount(group_of[clear], minlength=len(groups)).tolist()
     about = [f"{number_of(n_beside, 'text')} beside videos"] if n_beside else []
     about += [number_of(n_everyday, "everyday text")] if n_everyday else []
     about += [f"{number_of(n_frames, 'kept frame')} with noise"] if n_frames else []
-    probes = Probes(asked[clear], [answers.videos[question] for question in clear], ", ".join(about) or "none")
+    if n_videos < len(gallery):
+        about.append(f"asked of {n_videos} of the videos")
+    right = [answers.videos[question] for question in clear]
+    probes = Probes(asked[clear], right, ", ".join(about) or "none", n_videos)
     return probes, Background(frame_mean, unrelated)
 
 
 def disturbed_frames(gallery: Gallery, n_frames: int) -> Float32:
     """(n, D) unit rows: of up to `n_frames` videos a kept frame each, plus noise of the same length."""
-    rows = []
-    for video in range(min(n_frames, len(gallery))):  # videos are numbered by hashes, so the first ones are a sample
-        frames = gallery.kept_frames(video)
-        key = int(gallery.id_map.keys[video])
-        noise = np.random.default_rng(key).standard_normal(frames.shape[1])
-        row = frames[key % len(frames)] + NOISE * noise / np.linalg.norm(noise)
-        rows.append((row / np.linalg.norm(row)).astype(np.float32))
-    return np.stack(rows) if rows else np.empty((0, gallery.dim), np.float32)
+    n_videos = min(n_frames, len(gallery))  # the first by key
+    rows = np.empty((n_videos, gallery.dim), np.float32)
+    for block in gallery.frames(n_videos):
+        for at, video in enumerate(block.videos.tolist()):
+            frames = block.features[block.offsets[at] : block.offsets[at + 1]]
+            key = int(gallery.id_map.keys[video])
+            noise = np.random.default_rng(key).standard_normal(gallery.dim)
+            row = frames[key % len(frames)] + NOISE * noise / np.linalg.norm(noise)
+            rows[video] = row / np.linalg.norm(row)
+    return rows
 
 
 class _Answers:
@@ -129,6 +138,13 @@ class _Answers:
             best_first = np.argsort(-some, kind="stable")[: MOST_TIED + 1]  # what falls away is not above what stays
             self._scores[question] = some[best_first]
             self.videos[question] = np.concatenate([self.videos[question][old], block.videos[new]])[best_first]
+
+
+def _scores(asked: Float32, block: FrameBlock, temperature: float) -> Float32:
+    """(Q, V) scores of the videos of a block; some questions at a time where a single video has very many frames."""
+    n_parts = 1 + len(asked) * len(block.features) // SCORES_AT_ONCE
+    parts = [rescore(some @ block.features.T, block.offsets, temperature) for some in np.array_split(asked, n_parts)]
+    return np.concatenate(parts)
 
 
 def _means(block: FrameBlock) -> Float64:

@@ -454,10 +454,10 @@ class EmbeddingsShard(Shard):
         vectors: Float32 = self._datasets["moment_vectors"][:].astype(np.float32)
         return vectors
 
-    def all_features(self) -> Float32:
-        """(M, D) unit rows of the kept frames of all videos: video v has [offsets[v], offsets[v + 1]).
-        The digest of the whole file is for the caller to check."""
-        features: Float32 = self._datasets["features"][:].astype(np.float32)
+    def kept_features(self, row: int) -> Float32:
+        """(K, D) unit rows of the kept frames of one video. The digest of the whole file is for the caller to check."""
+        first, end = self.offsets[row : row + 2].tolist()
+        features: Float32 = self._datasets["features"][first:end].astype(np.float32)
         return features
 
     def check_row(self, row: int) -> None:

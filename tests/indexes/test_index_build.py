@@ -308,6 +308,25 @@ def test_where_twice_as_many_candidates_find_nothing_new_all_that_there_may_be_a
     assert said == ["Recall is below 0.95: a query now takes 300 videos, which finds 30."]
 
 
+@pytest.mark.parametrize("factory", ["Flat", "IVF"])
+def test_questions_about_a_sample_of_the_videos_are_asked_of_that_sample(tmp_path: Path, factory: str) -> None:
+    """With as large a share of the candidates as it is of the videos."""
+    moments = make_moments(2000, per_video=2)
+    n, rng = 250, np.random.default_rng(3)
+    sample = moments.id_map.ids_of(np.arange(n))
+    rows = np.flatnonzero(np.isin(moments.ids, sample))
+    asked = unit(moments.vectors[rows[:40]] + 2 * unit(rng.standard_normal((40, DIM))))
+    cosines = asked @ moments.vectors[rows].T
+    of_row = moments.id_map.videos_of(moments.ids[rows])
+    best = np.stack([[row[of_row == video].max() for video in range(n)] for row in cosines])
+    order = np.argsort(-best, axis=1)
+    plan = moments.plan() if factory == "Flat" else moments.ivf_plan("Flat", nprobe=16)
+    for rank, n_found in ((0, 40), (24, 40), (25, 0)):  # a quarter of the videos: 25 of 100 candidates
+        right = [row[rank : rank + 1].astype(np.int32) for row in order]
+        report = make_index(moments, tmp_path, plan, Probes(asked, right, "tests", n), recall_goal=0.0)
+        assert (report.n_found, report.candidates) == (n_found, CANDIDATES)
+
+
 def test_without_questions_nothing_is_missed(tmp_path: Path) -> None:
     moments, said = make_moments(500), list[str]()
     for plan in (moments.plan(), moments.ivf_plan("Flat")):

@@ -70,7 +70,7 @@ def moments_by_id(some: Gallery) -> dict[int, Float32]:
 def frames_by_video(some: Gallery) -> dict[int, Float32]:
     """Every video's frames that come; none may come twice."""
     found: dict[int, Float32] = {}
-    for block in some.frames():
+    for block in some.frames(len(some)):
         assert block.features.dtype == np.float32 and block.features.shape == (block.offsets[-1], DIM)
         assert len(block.offsets) == len(block.videos) + 1 and block.offsets[0] == 0
         for at, video in enumerate(block.videos.tolist()):
@@ -88,8 +88,23 @@ def test_videos_are_those_that_are_there_by_ascending_key(folder: Path) -> None:
     assert some.places.tolist() == [expected[v][0] for v in some.video_ids]
     assert some.paths == [str(path_of(folder, v)) for v in some.video_ids]
     assert some.dim == DIM
-    for video, video_id in enumerate(some.video_ids):
-        np.testing.assert_array_equal(some.kept_frames(video), expected[video_id][1].features)
+    assert some.lengths.tolist() == [len(expected[v][1].features) for v in some.video_ids]
+
+
+@pytest.mark.parametrize("n_videos", [0, 1, 9, 36, 50])
+def test_the_frames_of_the_first_videos_are_those_and_no_others(folder: Path, n_videos: int) -> None:
+    some = gallery_of(folder)
+    found = {video for block in some.frames(n_videos) for video in block.videos.tolist()}
+    assert found == set(range(min(n_videos, 36)))
+
+
+def test_so_many_videos_have_so_many_frames_at_most_and_one_is_the_least(folder: Path) -> None:
+    some = gallery_of(folder)
+    for n in range(1, 37):
+        total = int(some.lengths[:n].sum())
+        assert some.n_videos_of(total) == n
+        assert some.n_videos_of(total - 1) == max(1, n - 1)
+    assert some.n_videos_of(0) == 1
 
 
 def test_moments_are_those_of_a_slow_reading_of_the_shards(folder: Path) -> None:
@@ -119,7 +134,7 @@ def test_frames_are_those_of_a_slow_reading_in_blocks_of_bounded_size(
     assert sorted(found) == list(range(len(some)))
     for video, frames in found.items():
         np.testing.assert_array_equal(frames, expected[some.video_ids[video]][1].features)
-    sizes = [len(block.features) for block in some.frames()]
+    sizes = [len(block.features) for block in some.frames(len(some))]
     assert max(sizes) < block_rows + LONGEST
     assert len(sizes) <= 4 + sum(sizes) / block_rows  # and not in many tiny ones
 
@@ -161,7 +176,7 @@ def test_without_videos_a_gallery_is_empty(tmp_path: Path) -> None:
     some = gallery_of(tmp_path / "kitchen")
     assert (len(some), len(some.id_map), some.places.shape) == (0, 0, (0, 2))
     assert list(some.moments()) == []
-    assert list(some.frames()) == []
+    assert list(some.frames(5)) == []
 
 
 def test_a_damaged_shard_is_refused_before_anything_is_read_of_it(tmp_path: Path) -> None:

@@ -51,9 +51,13 @@ def score_slowly(query: Float32, frames: Float32) -> float:
     return math.fsum(w * c for w, c in zip(weights, cosines, strict=True)) / math.fsum(weights)
 
 
-def frames_of(some: Gallery) -> dict[str, Float32]:
-    """The kept frames of every video, video by video."""
-    return {video_id: some.kept_frames(number) for number, video_id in enumerate(some.video_ids)}
+def frames_of(some: Gallery, n_videos: int | None = None) -> dict[str, Float32]:
+    """The kept frames of every video, or of the first by key, video by video in that order."""
+    found: dict[int, Float32] = {}
+    for block in some.frames(len(some) if n_videos is None else n_videos):
+        for at, video in enumerate(block.videos.tolist()):
+            found[video] = block.features[block.offsets[at] : block.offsets[at + 1]]
+    return {some.video_ids[video]: found[video] for video in sorted(found)}
 
 
 def answers_slowly(frames: dict[str, Float32], query: Float32) -> set[str]:
@@ -180,11 +184,31 @@ def test_a_frame_asks_with_noise_of_its_own_length(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(probes, "N_QUESTIONS", 20)
     some, found, _ = made_of(tmp_path / "c", VIDEOS, encode=encode_nothing)
     nearest = []
-    for video, query in enumerate(found.vectors):  # the first twenty videos by their keys
-        cosines = some.kept_frames(video) @ query
+    for frames, query in zip(
+        frames_of(some, 20).values(), found.vectors, strict=True
+    ):  # the first twenty by their keys
+        cosines = frames @ query
         nearest.append(float(cosines.max()))
     assert 0.6 < np.mean(nearest) < 0.8 and max(nearest) < 0.95
     assert len(found.vectors) == 20
+
+
+@pytest.mark.parametrize("at_once", [1, 500, 4_000_000])
+def test_too_many_frames_are_asked_of_a_sample_of_the_videos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """The first by key, which is by chance; however many questions are scored at once."""
+    monkeypatch.setattr(probes, "SCORES_AT_ONCE", at_once)
+    some, _, _ = made_of(tmp_path / "a", VIDEOS)
+    monkeypatch.setattr(probes, "SCORED_FRAMES", int(some.lengths[:11].sum()))
+    some, found, background = made_of(tmp_path / "b", VIDEOS)
+    assert found.n_videos == 11 and found.about.endswith("asked of 11 of the videos")
+    frames = frames_of(some, 11)
+    assert list(frames) == some.video_ids[:11]
+    for query, right in zip(found.vectors, found.right, strict=True):
+        assert {some.video_ids[video] for video in right.tolist()} == answers_slowly(frames, query)
+    means = [rows.astype(np.float64).mean(axis=0) for rows in frames.values()]
+    np.testing.assert_allclose(background.frame_mean, np.mean(means, axis=0), atol=1e-7)
 
 
 def test_growing_a_collection_changes_few_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +286,7 @@ def test_the_background_is_the_mean_over_videos_of_the_mean_of_their_frames(tmp_
     """A long video weighs as much as a short one."""
     long = SmallVideo("long", np.repeat(VIDEOS[0].frames[:1], 500, axis=0), (500,))
     some, _, background = made_of(tmp_path / "c", VIDEOS[:5], [long, *VIDEOS[5:8]])
-    means = [some.kept_frames(video).astype(np.float64).mean(axis=0) for video in range(len(some))]
+    means = [frames.astype(np.float64).mean(axis=0) for frames in frames_of(some).values()]
     assert background.frame_mean.dtype == np.float32
     np.testing.assert_allclose(background.frame_mean, np.mean(means, axis=0), atol=1e-7)
     everyday = [float(vector @ background.frame_mean) for vector in encode(EVERYDAY_TEXTS)]

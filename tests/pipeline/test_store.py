@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,9 +112,10 @@ def test_embeddings_come_back_whole(tmp_path: Path) -> None:
         assert shard.dim == DIM
         assert shard.offsets.tolist() == [0, 3, 4, 8]
         assert shard.moment_offsets.tolist() == [0, 2, 3, 5]
-        for read, name in ((shard.all_features(), "features"), (shard.moment_vectors(), "moments.vectors")):
-            assert read.dtype == np.float32
-            np.testing.assert_array_equal(read, np.concatenate([attrgetter(name)(e) for e in expected]))
+        for i, video_of_row in enumerate(expected):
+            np.testing.assert_array_equal(shard.kept_features(i), video_of_row.features)
+        assert shard.moment_vectors().dtype == shard.kept_features(0).dtype == np.float32
+        np.testing.assert_array_equal(shard.moment_vectors(), np.concatenate([e.moments.vectors for e in expected]))
 
 
 def test_rows_are_copied_with_their_moments_and_their_digests(tmp_path: Path) -> None:
