@@ -1,6 +1,6 @@
 """A real run, not composed features: rendered videos through `fineco run` and `fineco search -f`, no text beside them.
 
-    python benchmarks/real_run.py [--videos 1000] [--seed 0] [--folder real-run] [--workers 2]
+    python -m benchmarks.real_run [--videos 1000] [--seed 0] [--folder real-run] [--workers 2]
 
 Each video shows six to nine shots of three to six seconds, a third of them empty (clutter, blur, titles, fades). Of
 200 scenes that the built-in encoder never saw in training each shows once, in one video; they are what is asked for.
