@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from indexes.id_map import IdMap
 from pipeline.files import FileRecord
-from pipeline.gallery import Gallery
-from pipeline.probes import Background
+from pipeline.rescore import Background
 from pipeline.schema import MOMENTS_SCHEMA_VERSION, Schema
 from pipeline.store import Array, Shard, check_offsets, offsets_of, write_shard
 from pipeline.types import Float32, Int64
+
+if TYPE_CHECKING:  # a search reads without what an index is built of
+    from pipeline.gallery import Gallery
 
 LOOKUP_FILE = "videos.h5"
 LOOKUP: Schema = {

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from indexes.build import Probes
 from indexes.id_map import Int32, video_key
 from pipeline.gallery import FrameBlock, Gallery
 from pipeline.output import number_of
-from pipeline.rescore import rescore
+from pipeline.rescore import Background, rescore
 from pipeline.types import Float32, Float64
 
 N_QUESTIONS = 100  # beside the everyday texts
@@ -39,25 +38,6 @@ EVERYDAY_TEXTS = (
 SCORED_FRAMES = 5_000_000  # takes a minute at 512 dimensions on one processor, and 10 GB to read
 SCORES_AT_ONCE = 4_000_000  # cosines of questions and frames: 32 MB, of which some five are in memory
 SCALE = float(1 << 40)  # of sums in whole numbers, which come to the same in any order
-
-
-@dataclass(frozen=True, slots=True)
-class Background:
-    """What a query scores where nothing matches it.
-
-    Attributes:
-        frame_mean: (D,) float32: mean over the videos of the mean of their kept frames.
-        unrelated: What an everyday text scores on it; None where no text could be encoded.
-    """
-
-    frame_mean: Float32
-    unrelated: float | None
-
-    def of(self, query: Float32) -> float:
-        """The cosine of a query (D,) with the collection as a whole; in one that shows little else than what is asked
-        for, where that is itself a match, what any text scores there."""
-        cosine = float(query @ self.frame_mean)
-        return cosine if self.unrelated is None else min(cosine, self.unrelated)
 
 
 def sampled_texts(texts: Mapping[str, Sequence[str]]) -> list[str]:

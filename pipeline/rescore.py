@@ -12,6 +12,8 @@ best quarter, 0.88 for that of the best eighth, and 0.98 for this.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,6 +32,25 @@ SURE_TEMPERATURES = 2.0
 MAX_GAP_SPANS = 1.5
 # One sample between two scenes that was not kept is a gap of one span, two are 2; samples jitter by up to a source
 # frame, so the limit lies in the middle. What was not kept is unknown, not a mismatch.
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """What a query scores where nothing matches it.
+
+    Attributes:
+        frame_mean: (D,) float32: mean over the videos of the mean of their kept frames.
+        unrelated: What an everyday text scores on it; None where no text could be encoded.
+    """
+
+    frame_mean: Float32
+    unrelated: float | None
+
+    def of(self, query: Float32) -> float:
+        """The cosine of a query (D,) with the collection as a whole; in one that shows little else than what is asked
+        for, where that is itself a match, what any text scores there."""
+        cosine = float(query @ self.frame_mean)
+        return cosine if self.unrelated is None else min(cosine, self.unrelated)
 
 
 def score_frames(query: Float32, features: Float32) -> Float32:
@@ -84,7 +105,7 @@ def find_moments(
         frame_scores: (K,) float32, cosines of the query with the kept frames, in order of time.
         stored: The moments of these frames.
         span_seconds: What one frame covers.
-        background: What this query scores where nothing matches (`pipeline.probes.Background`).
+        background: What this query scores where nothing matches (`Background`).
         temperature: Of the encoder.
         duration: Of the video in seconds, where known; no moment ends after it.
 

@@ -12,8 +12,8 @@ from pipeline.errors import UsageError
 from pipeline.evaluate import moment_metrics, temporal_iou
 from pipeline.evaluation.clips import VideoRows
 from pipeline.evaluation.material import Material, intervals_of, result_of, split_of
-from pipeline.probes import EVERYDAY_TEXTS, Background
-from pipeline.rescore import find_moments, score_frames
+from pipeline.probes import EVERYDAY_TEXTS
+from pipeline.rescore import Background, find_moments, score_frames
 from pipeline.types import Float64
 
 

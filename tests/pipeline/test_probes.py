@@ -16,7 +16,8 @@ from indexes.generations import current_generation, read_sidecar
 from indexes.id_map import video_key
 from pipeline import commands, gallery, probes
 from pipeline.gallery import Gallery
-from pipeline.probes import EVERYDAY_TEXTS, N_QUESTIONS, Background, make_probes, sampled_texts
+from pipeline.probes import EVERYDAY_TEXTS, N_QUESTIONS, make_probes, sampled_texts
+from pipeline.rescore import Background
 from pipeline.types import Float32
 from small_galleries import DIM, SmallVideo, gallery_of, make_collection, random_video, unit
 from small_runs import machine

@@ -20,7 +20,7 @@ from pipeline import schema, store
 from pipeline.errors import FinecoError, IntegrityError
 from pipeline.files import check_file
 from pipeline.lookup import Lookup, write_lookup
-from pipeline.probes import Background
+from pipeline.rescore import Background
 from pipeline.store import StoredFrames, StoredVideo
 from pipeline.types import Float32, Float64, FrameFeatures, Moments, VideoEmbedding
 
