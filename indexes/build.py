@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from indexes.candidates import propose_videos, search_index
 from indexes.id_map import IdMap
-from indexes.plan import IndexPlan
+from indexes.plan import IndexPlan, moments_of_videos
 from pipeline.errors import FinecoError, IntegrityError
 from pipeline.files import write_file
 from pipeline.types import Float32, Int64, check_shape, check_unit_rows
@@ -54,7 +54,7 @@ class IndexReport:
         nprobe: Cells that a query looks into; 0 for flat.
         candidates: Videos that are scored again by their frames, unless a search asks for many hits.
         n_probes, n_found: Questions that it was measured with, and for how many of them what an exhaustive search finds
-            first is among the candidates.
+            first is among the candidates (among all videos, or a sample, as `probes` says).
         probes: What the questions were.
         n_bytes: Of `index.faiss`; what else a search reads is counted by the plan.
     """
@@ -79,16 +79,15 @@ class IndexReport:
     def describe(self) -> str:
         """The line printed after building."""
         size = f"{self.n_bytes / 1e6:.1f} MB, {self.seconds:.1f} s"
-        return (
-            f"Index built: {self.factory}, {self.n_vectors} moments of {self.n_videos} videos, {size}; {self.finds()}"
-        )
+        what = moments_of_videos(self.n_vectors, self.n_videos)
+        return f"Index built: {self.factory}, {what}, {size}; {self.finds()}"
 
     def finds(self) -> str:
         """How good it is, in words."""
         cells = f"{self.nprobe} cells and " if self.nprobe else ""
         return (
             f"of {self.n_probes} questions ({self.probes}) it finds {self.n_found} that an exhaustive search finds "
-            f"first ({cells}{self.candidates} videos a question)"
+            f"first ({cells}{min(self.candidates, self.n_videos)} of {self.n_videos} videos a question)"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -193,7 +193,10 @@ def check_generation(generation: Path, sidecar: Sidecar, full: bool = False) -> 
     """
     for name, record in sidecar.files.items():
         path = generation / name
-        check_file(path, record, full=full or not _is_large(record))
+        try:
+            check_file(path, record, full=full or not _is_large(record))
+        except IntegrityError as error:
+            raise IntegrityError(error.message, REBUILD) from error
         if _is_large(record) and _ends_sha256(path) != sidecar.ends[name]:
             raise IntegrityError(f"{path}: its bytes changed since it was written (SHA-256 of its ends)", REBUILD)
 

@@ -53,11 +53,16 @@ class IndexPlan:
         if self.expected_recall is None:
             recall = "recall to be measured"
         else:
-            recall = "exact" if not self.nlist else f"recall about {self.expected_recall:g}, to be measured"
+            recall = f"recall about {self.expected_recall:g}, to be measured" if self.nlist else "all are compared"
         cells = f", {self.nlist} cells" if self.nlist else ""
         size = f"{self.n_bytes / 1e6:.1f} MB" if self.n_bytes < 1e9 else f"{self.n_bytes / 1e9:.2f} GB"
-        what = f"{self.n_vectors} moments of {self.n_videos} videos, {self.dim} dimensions"
+        what = f"{moments_of_videos(self.n_vectors, self.n_videos)}, {self.dim} dimensions"
         return f"Index plan: {self.factory}{cells}, {what}, {size}, {recall} ({self.reason})"
+
+
+def moments_of_videos(n_moments: int, n_videos: int) -> str:
+    """`7 moments of 1 video`."""
+    return f"{n_moments} moment{'s' * (n_moments != 1)} of {n_videos} video{'s' * (n_videos != 1)}"
 
 
 def plan_index(

@@ -357,7 +357,8 @@ def _index(
     from pipeline.indexing import build_collection_index
 
     if not any(name.startswith(f"{EMBEDDINGS}/") for name in (*writer.state.places, *writer.state.outdated)):
-        machine.say("No video to index.")
+        unselected = "No frames are selected yet: run 'fineco select' first."
+        machine.say(unselected if writer.state.places.get(FEATURES) else "No video to index.")
         return False
     with interrupts.at_once():  # the index before it stays
         report = build_collection_index(

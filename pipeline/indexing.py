@@ -22,7 +22,7 @@ from indexes.plan import plan_index
 from models.base import Encoder
 from pipeline.collection import Writer
 from pipeline.commits import EMBEDDINGS, FEATURES, INDEX, Row
-from pipeline.errors import FinecoError, UsageError
+from pipeline.errors import FinecoError, IntegrityError, UsageError
 from pipeline.files import link_file
 from pipeline.gallery import Gallery
 from pipeline.lookup import LOOKUP_FILE, Lookup, write_lookup
@@ -128,20 +128,35 @@ def move_index(writer: Writer, say: Callable[[str], None]) -> None:
     except UsageError:
         return  # none yet, or one of an earlier version
     selection, kind = sidecar.selection, sidecar.extra.get("requested_kind", "auto")
+    try:
+        check_generation(before, sidecar, full=True)
+    except IntegrityError as error:  # no reason to stop half-way: it is made of what is in the store
+        say(f"The index is damaged ({error.message}) and built anew.")
+        _build_anew(writer, kind, say)
+        return
     alive = writer.state.indexable(selection)
     with Lookup(before / LOOKUP_FILE) as old:
         same = sorted(video_key(v) for v in alive) == old.id_map.keys.tolist()
         background = old.background
     if selection != writer.collection.current_selection() or not same:
-        build_collection_index(writer, kind, None, say, bury=False)
+        _build_anew(writer, kind, say)
         return
-    check_generation(before, sidecar, full=True)
     extra = sidecar.extra | {"content": writer.state.index_content(selection)} | _last_commit(writer)
     with new_generation(folder) as generation:
         for name in (INDEX_FILE, TEXTS_FILE):
             link_file(before / name, generation / name)
         write_lookup(generation / LOOKUP_FILE, Gallery(writer, selection), background)
         write_sidecar(generation, sidecar.report, sidecar.fingerprint, selection, extra)
+
+
+def _build_anew(writer: Writer, kind: str, say: Callable[[str], None]) -> None:
+    """Builds the index without being asked: of another kind where there are too few moments for the one it had."""
+    try:
+        report = build_collection_index(writer, kind, None, say, force=True, bury=False)
+    except UsageError:
+        report = build_collection_index(writer, "auto", None, say, force=True, bury=False)
+    if report is not None:
+        say(report.describe())
 
 
 def _last_commit(writer: Writer) -> dict[str, int]:
@@ -175,7 +190,8 @@ def _bury_missing(writer: Writer, say: Callable[[str], None]) -> None:
 def _up_to_date(folder: Path, selection: str, fingerprint: str, wanted: dict[str, Any]) -> bool:
     """Whether the current generation was built from just this, as asked; a damaged or missing one is not."""
     try:
-        sidecar = read_sidecar(current_generation(folder))
+        sidecar = read_sidecar(generation := current_generation(folder))
+        check_generation(generation, sidecar)
     except FinecoError:
         return False
     made_of = sidecar.selection, sidecar.fingerprint, {name: sidecar.extra.get(name) for name in wanted}

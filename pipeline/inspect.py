@@ -33,7 +33,8 @@ def status_of(folder: Path) -> dict[str, Any]:
         sidecar = read_sidecar(generation)
         index = {"generation": generation.name, "selection": sidecar.selection, **sidecar.report.to_json()}
         fresh = selection is not None and sidecar.extra.get("content") == state.index_content(selection)
-        index["recall"] = round(sidecar.report.recall, 4)
+        index["recall"] = round(sidecar.report.recall, 4) if sidecar.report.n_probes else None
+        index["recall_goal"] = sidecar.extra.get("recall_goal")
         index["up_to_date"] = fresh and sidecar.selection == selection
     except UsageError:
         pass  # none yet, or one of an earlier version
@@ -75,13 +76,13 @@ def status_text(content: dict[str, Any]) -> str:
         moments = f"{number_of(index['n_vectors'], 'moment')} of {number_of(index['n_videos'], 'video')}"
         lines.append(("index", f"{index['factory']}, {moments}, {fresh}"))
         questions = f"of {number_of(index['n_probes'], 'question')} ({index['probes']})"
-        lines.append(
-            ("recall", f"{questions} the index finds {index['n_found']} that an exhaustive search finds first")
-        )
+        finds = f"the index finds {index['n_found']} that an exhaustive search finds first"
+        lines.append(("recall", f"{questions} {finds} (goal {index['recall_goal']:g})"))
     elif content["outdated"]:
         lines.append(("index", "of an earlier version, without moments: run 'fineco select' and 'fineco index'"))
     else:
-        lines.append(("index", f"none yet: run 'fineco {'index' if selection and selection['videos'] else 'run'}'"))
+        step = "index" if selection and selection["videos"] else "select" if content["with_features"] else "run"
+        lines.append(("index", f"none yet: run 'fineco {step}'"))
     lines.append(("on disk", f"{content['bytes'] / 1e6:.1f} MB in {number_of(content['commits'], 'commit')}"))
     if content["failure_codes"]:
         codes = ", ".join(f"{n} {code}" for code, n in content["failure_codes"].items())

@@ -26,6 +26,10 @@ SCENE_SHARE = 0.4
 # as those of benchmarks/moments_at_scale.py, 0.2 to 1.0 find 0.95 to 1.07 times as many scenes as there are.
 NEAR_EQUAL = 0.05  # what a merge may cost in any video: two frames with a cosine of 0.95 are the same picture
 
+MAX_GAP_SPANS = 2.5
+# Two samples with one between them that is missing are 2 spans apart, with two missing 3; samples jitter by up to a
+# source frame, so the limit lies in the middle. Across a longer hole nobody knows what was shown: no moment spans it.
+
 SHORTEST_MEAN = 1e-5  # a mean of unit vectors shorter than this is rounding noise without a direction
 
 CLASSES_PER_OCTAVE = 2  # merges whose costs are of one class are done in one round; finer ones find nothing better
@@ -59,13 +63,15 @@ def typical_frames(h: Float32, starts: Starts) -> NDArray[np.intp]:
 def moments_of(features: FrameFeatures, kept: Bool, scores: Float32) -> Moments:
     """The moments of a video: the kept frames (N,) of each scene that has any, pooled as a video is.
 
-    A moment lasts as long as its scene, of which it may have kept a single frame; it ends before the next scene begins.
+    A moment lasts as long as its scene, of which it may have kept a single frame; it ends before the next scene begins,
+    and where the video has a hole.
 
     Args:
         scores: (N,) what the selector gave the frames.
     """
     h, pts, span = features.features, features.pts_seconds, features.span_seconds
-    starts = find_scenes(h)
+    holes = np.flatnonzero(np.diff(pts) > MAX_GAP_SPANS * span) + 1
+    starts = np.union1d(find_scenes(h), holes)
     ends = np.append(starts[1:], len(h))
     frames = np.flatnonzero(kept)
     scene_of = np.searchsorted(starts, frames, side="right") - 1

@@ -87,7 +87,7 @@ def to_csv(rows: Iterable[Sequence[object]]) -> str:
 def _table(query: str, hits: Sequence[Hit], titled: bool) -> str:
     lines = [visible(query)] if titled else []
     if not hits:
-        lines.append("  no video above the threshold" if titled else "no video above the threshold")
+        lines.append("  nothing above the threshold" if titled else "nothing above the threshold")
     spans = [", ".join(_span(m) for m in hit.moments[:SHOWN_MOMENTS]) for hit in hits]
     width = max(map(len, spans), default=0)
     for hit, span in zip(hits, spans, strict=True):

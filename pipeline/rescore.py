@@ -29,8 +29,8 @@ SURE_TEMPERATURES = 2.0
 # Two frames whose cosines differ by less than this many temperatures match the query about as well, in the eyes of the
 # loss that made them: the odds are below e**2. However near the background is, so much does not end a moment.
 
-MAX_GAP_SPANS = 1.5
-# One sample between two scenes that was not kept is a gap of one span, two are 2; samples jitter by up to a source
+LONGEST_GAP_SPANS = 1.5
+# One sample between two moments that was not kept is a gap of one span, two are 2; samples jitter by up to a source
 # frame, so the limit lies in the middle. What was not kept is unknown, not a mismatch.
 
 
@@ -96,6 +96,7 @@ def find_moments(
     background: float,
     temperature: float,
     duration: float | None = None,
+    also_the_rest: bool = False,
 ) -> tuple[Moment, ...]:
     """The parts of a video that match the query: stored moments whose best frame stands out, joined where they meet.
 
@@ -108,6 +109,7 @@ def find_moments(
         background: What this query scores where nothing matches (`Background`).
         temperature: Of the encoder.
         duration: Of the video in seconds, where known; no moment ends after it.
+        also_the_rest: Also the stored moments that do not stand out, each by itself.
 
     Returns:
         At least one moment (that of the best frame belongs always), the best first; of equal scores the earlier first.
@@ -119,11 +121,13 @@ def find_moments(
     members = np.flatnonzero(scores >= level)
     gaps = stored.start_seconds[members[1:]] - stored.end_seconds[members[:-1]]
     apart = np.diff(members) > 1  # a stored moment that does not match
-    runs = np.split(members, np.flatnonzero(apart | (gaps > MAX_GAP_SPANS * span_seconds)) + 1)
+    runs = np.split(members, np.flatnonzero(apart | (gaps > LONGEST_GAP_SPANS * span_seconds)) + 1)
+    if also_the_rest:
+        runs += list(np.flatnonzero(scores < level)[:, None])
     moments = []
     for run in runs:
         start, end = float(stored.start_seconds[run[0]]), float(stored.end_seconds[run[-1]])
         if duration is not None:
             end = max(start, min(end, duration))  # a container may state less than it holds
         moments.append(Moment(start, end, float(scores[run].max())))
-    return tuple(sorted(moments, key=lambda moment: -moment.score))  # equal scores stay in order of time
+    return tuple(sorted(moments, key=lambda moment: (-moment.score, moment.start_seconds)))

@@ -122,7 +122,7 @@ class _Shard:
         """Goes with `add_features` of the same video, before it."""
         self._embeddings.append((_stored(decoded), embedding))
         self._selection = selection
-        self._n_bytes += embedding.features.nbytes // 2
+        self._n_bytes += (embedding.features.nbytes + embedding.moments.vectors.nbytes) // 2
         self._summary.n_kept += len(embedding.features)
         self._summary.selectors[embedding.selector] += 1
 

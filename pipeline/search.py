@@ -84,7 +84,8 @@ class Searcher:
         Args:
             threshold: Least score (cosine) of a hit.
             rescoring: False ranks by the index alone: by the nearest moment's vector; hits then have no moments.
-            by_moment: The best `k` moments instead, several of a video where it has them: hits of one moment each.
+            by_moment: The best `k` moments of the candidates instead, several of a video: hits of one moment each. What
+                matches and meets is one.
 
         Raises:
             UsageError: A query that is empty, too long or not text; k below 1; moments without re-scoring.
@@ -102,7 +103,7 @@ class Searcher:
             if not rescoring:
                 found = self._plain(videos, cosines)
             elif by_moment:
-                found = _one_by_one(self._rescored(vector, videos.tolist(), len(videos)))
+                found = _one_by_one(self._rescored(vector, videos.tolist(), len(videos), True))
             else:
                 found = self._rescored(vector, videos.tolist(), k)
             answers.append([hit for hit in found[:k] if threshold is None or hit.score >= threshold])
@@ -120,8 +121,9 @@ class Searcher:
             hits.append(Hit(rank, shard.video_ids[row], path, cosine))
         return hits
 
-    def _rescored(self, query: Float32, videos: list[int], k: int) -> list[Hit]:
-        """The best `k` of the candidates by FineCo's score of their stored frames against the query."""
+    def _rescored(self, query: Float32, videos: list[int], k: int, all_moments: bool = False) -> list[Hit]:
+        """The best `k` of the candidates by FineCo's score of their stored frames against the query, with the moments
+        that match, or all."""
         candidates: list[tuple[VideoEmbedding, str, float]] = []
         frame_scores = []
         for video in sorted(videos, key=self._lookup.place):  # shard by shard
@@ -138,8 +140,8 @@ class Searcher:
         hits = []
         for rank, i in enumerate(order[:k], 1):
             embedding, path, duration = candidates[i]
-            span = embedding.span_seconds
-            moments = find_moments(frame_scores[i], embedding.moments, span, background, temperature, duration or None)
+            found = (embedding.moments, embedding.span_seconds, background, temperature, duration or None, all_moments)
+            moments = find_moments(frame_scores[i], *found)
             hits.append(Hit(rank, embedding.video_id, path, scores[i], moments))
         return hits
 

@@ -11,6 +11,7 @@ the digests of whole files.
     features/N.h5                what `embed` leaves: features of every sampled frame, float16
     embeddings/SELECTION/N.h5    what `select` leaves: kept frames, their scores and moments, the pooled vector
     index/GENERATION/videos.h5   what `index` leaves beside the vectors (pipeline.lookup)
+    index/GENERATION/texts.h5    the texts that it was measured with (pipeline.text_vectors)
 """
 
 from __future__ import annotations

@@ -79,7 +79,10 @@ class TextVectors:
                 encoder = self._get_encoder()
             except FinecoError as error:
                 self._get_encoder = None
-                self._say(f"The index is measured without new texts: {error.message}")
+                self._say(
+                    f"The index is measured without new texts: {error.message}. Where the model is at hand, "
+                    "'fineco index --force' measures it with them."
+                )
             else:
                 self._known |= {text: self._encoded(encoder, text) for text in unknown}
         self._used |= {text: self._known[text] for text in texts if text in self._known}

@@ -208,8 +208,8 @@ def _check_index(found: Examination) -> None:
             sidecar = read_sidecar(generation)
         except UsageError:
             return  # none yet, or one of an earlier version
-        check_generation(generation, sidecar, full=True)
         found.n_indexed = sidecar.report.n_videos
+        check_generation(generation, sidecar, full=True)
         with Lookup(generation / LOOKUP_FILE) as lookup:
             _check_ids(found, generation, sidecar.selection, lookup, sidecar.extra.get("content"))
             _check_vectors(found, generation, sidecar.selection, lookup)

@@ -132,7 +132,7 @@ def select(context: Context, /, folder: Path, device: str, **given: Any) -> None
 @click.option(
     "--recall",
     type=click.FloatRange(0, 1, min_open=True),
-    help="What of an exhaustive search to find.  [default: 0.95]",
+    help="What of an exhaustive search to find.  [default: as before, at first 0.95]",
 )
 @click.option("--force", is_flag=True, help="Build even if nothing changed.")
 @device_option

@@ -17,7 +17,7 @@ from pipeline.commands import Machine
 from pipeline.commits import FEATURES, INDEX
 from pipeline.config import SelectionPlan, SelectOptions, check_encoder, plan_selection, sampling_of
 from pipeline.embed import encode_texts
-from pipeline.errors import UsageError
+from pipeline.errors import FinecoError, UsageError
 from pipeline.evaluate import CONFIDENCE, DRAWS, MeanMetrics, TieRule
 from pipeline.evaluation.clips import VideoRows
 from pipeline.evaluation.matching import Matched, match_videos
@@ -251,6 +251,9 @@ class Material:
         try:
             sidecar = read_sidecar(current_generation(self._collection.folder / INDEX))
         except UsageError:
+            return None
+        except FinecoError as error:  # nothing here is read from it
+            self._machine.say(f"The index is damaged: {error.message}")
             return None
         report = sidecar.report
         return {

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.output import format_table, number_of, visible
 
 SHOWN_MISSING = 3
+SINGULAR = {"texts": "text", "clips": "clip", "videos": "video", "queries": "query", "questions": "question"}
 NAMES = {
     "r1": "R@1 (%)",
     "r5": "R@5 (%)",
@@ -57,7 +58,7 @@ def _split_facts(split: dict[str, Any]) -> list[tuple[str, str]]:
     part = f", {split['subset']}" if split["subset"] else ""
     only = f", only videos of {split['only']['file']} ({split['only']['sha256'][:12]})" if "only" in split else ""
     used = split["used"]
-    counted = ", ".join(number_of(count, noun[:-1]) for noun, count in used.items())
+    counted = ", ".join(f"{count} {noun if count != 1 else SINGULAR[noun]}" for noun, count in used.items())
     missing = split["missing"]
     found = f"{split['found']} of {number_of(split['videos'], 'video')} found"
     if split["found"] is None:
@@ -112,7 +113,9 @@ def _scored_facts(scored: dict[str, Any]) -> list[tuple[str, str]]:
     elif scored["score"] == "classifier":
         score = "linear classifier over the video's mean, the question's vector and their product"
     else:
-        score = "mean: cosine with the pooled vector" + (", as an index ranks" if by_moments else "")
+        score = "mean: cosine with the " + (
+            "moment's pooled vector, as an index ranks" if by_moments else "pooled vector"
+        )
     facts.append(("score", score))
     if "by" in scored:
         of = "the best of its moments" if by_moments else "all of its frames together"

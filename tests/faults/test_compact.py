@@ -9,12 +9,14 @@ import pytest
 
 from command_line import fineco
 from fakes import FakeEncoder
+from indexes.generations import current_generation
 from pipeline import commands
 from pipeline.collection import Collection
 from pipeline.commits import State
 from pipeline.compact import compact
 from pipeline.config import SelectOptions
 from pipeline.errors import IntegrityError
+from pipeline.files import read_sealed, seal
 from pipeline.inspect import failures_of, status_of
 from small_runs import HALF, checked, embeddings_of, features_of, machine, make_clip, run
 
@@ -62,6 +64,29 @@ def what_counts(state: State) -> dict[str, object]:
             for kind, places in state.places.items()
         },
     }
+
+
+@pytest.mark.parametrize("name", ["texts.h5", "videos.h5", "index.faiss"])
+def test_a_damaged_index_is_built_anew_and_does_not_stop_the_folding(name: str, copy: Path) -> None:
+    generation = current_generation(copy / "index")
+    (generation / name).unlink()
+    said: list[str] = []
+    assert compact(copy, machine(said.append)) is not None
+    assert any("damaged" in line and "built anew" in line for line in said)
+    assert status_of(copy)["index"]["up_to_date"]
+    assert compact(copy, machine()) is None  # there is nothing left to fold
+    checked(copy)
+
+
+def test_an_index_of_a_kind_that_is_too_large_by_now_becomes_one_that_fits(copy: Path) -> None:
+    path = current_generation(copy / "index") / "index.json"
+    content = read_sealed(path)
+    content["extra"]["requested_kind"] = "ivf"
+    path.write_bytes(seal(content))
+    (path.parent / "texts.h5").unlink()
+    assert compact(copy, machine()) is not None
+    assert status_of(copy)["index"]["factory"] == "Flat"
+    checked(copy)
 
 
 def test_a_folded_collection_says_the_same_in_fewer_files(grown: Path, copy: Path) -> None:

@@ -154,9 +154,9 @@ def test_the_report_reads_as_a_line(tmp_path: Path) -> None:
     report = replace(report, n_bytes=12_345_678, seconds=1.25)
     assert report.describe() == (
         "Index built: Flat, 100 moments of 34 videos, 12.3 MB, 1.2 s; of 7 questions (tests) it finds 7 that an "
-        "exhaustive search finds first (100 videos a question)"
+        "exhaustive search finds first (34 of 34 videos a question)"
     )
-    assert "(5 cells and 100 videos a question)" in replace(report, nprobe=5).describe()
+    assert "(5 cells and 100 of 1000 videos a question)" in replace(report, nprobe=5, n_videos=1000).describe()
     assert report.to_json()["n_found"] == 7
 
 

@@ -37,7 +37,8 @@ def test_the_most_exact_index_that_fits_is_chosen(n_moments: int, memory_bytes: 
     assert (chosen.n_videos, chosen.n_vectors, chosen.dim) == (n_videos, n_moments, 512)
     assert chosen.n_train <= n_moments and chosen.n_train >= 39 * chosen.nlist  # else FAISS warns
     assert chosen.nprobe <= chosen.nlist
-    assert factory in chosen.describe() and f"{n_moments} moments of {n_videos} videos" in chosen.describe()
+    counts = "1 moment of 1 video," if n_moments == 1 else f"{n_moments} moments of {n_videos} videos,"
+    assert factory in chosen.describe() and counts in chosen.describe()
 
 
 @pytest.mark.parametrize("memory_bytes", [8 * GB, GB, GB // 10])

@@ -324,7 +324,7 @@ def test_every_format_tells_of_the_same_hits_in_the_same_order(kitchen: Path) ->
 
 
 def test_nothing_above_the_threshold_exits_4_with_an_answer_that_parses(kitchen: Path) -> None:
-    expected = {"table": b"no video above the threshold\n", "jsonl": b"", "paths": b""}
+    expected = {"table": b"nothing above the threshold\n", "jsonl": b"", "paths": b""}
     for form, out in expected.items():
         done = search(kitchen, "--threshold", 2, "--format", form)
         assert (done.code, done.out, done.err) == (4, out, "")

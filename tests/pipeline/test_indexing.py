@@ -238,7 +238,7 @@ def test_without_a_selection_there_is_nothing_to_index(videos: Path, tmp_path: P
     said: list[str] = []
     commands.embed(tmp_path / "c", Sources([str(videos)]), FPS5, machine(), FakeEncoder())
     assert not commands.index(tmp_path / "c", machine=machine(said.append))
-    assert said == ["No video to index."]
+    assert said == ["No frames are selected yet: run 'fineco select' first."]
     commands.select(tmp_path / "c", SelectOptions("all"), machine())
     assert commands.index(tmp_path / "c", machine=machine())
 

@@ -181,6 +181,16 @@ def test_a_moment_ends_with_its_last_frame_where_the_video_has_a_gap() -> None:
     assert moments.end_seconds.tolist() == [3.0, 62.0]
 
 
+def test_no_moment_spans_a_hole_inside_a_scene() -> None:
+    """As where a camera's clock jumps by a day: what was shown meanwhile nobody knows."""
+    h = shots(np.random.default_rng(1), [6], 0.1)
+    features = FrameFeatures("v", h, np.array([0.0, 1.0, 3.4, 6.0, 93_600.0, 93_601.0]), 1.0)
+    moments = moments_of(features, np.ones(6, np.bool_), np.zeros(6, np.float32))
+    assert moments.start_seconds.tolist() == [0.0, 6.0, 93_600.0]  # 2.4 spans are one missing sample, 2.6 are a hole
+    assert moments.end_seconds.tolist() == [4.4, 7.0, 93_602.0]
+    assert moments.n_frames.tolist() == [3, 1, 2]
+
+
 def test_frames_at_one_time_make_no_moments_that_overlap() -> None:
     h = shots(np.random.default_rng(1), [2, 2, 2], 0.1)
     features = FrameFeatures("v", h, np.array([0.0, 1.0, 1.0, 1.0, 1.0, 1.5]), 1.0)

@@ -100,7 +100,7 @@ def test_a_table_shows_a_hit_a_line_with_columns_aligned() -> None:
 def test_several_queries_are_titled_and_apart() -> None:
     lines = format_hits(QUERIES, ANSWERS, "table").splitlines()
     assert lines[0] == "a red kite"
-    assert lines[3:] == ["", "nothing\\nlike it", "  no video above the threshold"]
+    assert lines[3:] == ["", "nothing\\nlike it", "  nothing above the threshold"]
 
 
 def test_a_table_shows_three_moments_at_most() -> None:

@@ -205,6 +205,13 @@ def test_frames_that_are_not_those_of_the_moments_are_refused(n: int) -> None:
         find_moments(np.zeros(n, np.float32), one_frame_each(1), 1.0, 0.0, T)
 
 
+def test_also_the_rest_are_the_moments_that_do_not_match_each_by_itself() -> None:
+    scores = array([0.5, 0.5, 0.1, 0.2, 0.3])
+    got = find_moments(scores, one_frame_each(5), 1.0, 0.0, T, also_the_rest=True)
+    assert spans(got) == [(0.0, 2.0), (4.0, 5.0), (3.0, 4.0), (2.0, 3.0)]
+    assert [m.score for m in got] == pytest.approx([0.5, 0.3, 0.2, 0.1])
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=12),
     st.lists(st.integers(-64, 64), min_size=36, max_size=36),

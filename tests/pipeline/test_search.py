@@ -233,8 +233,14 @@ def test_moments_one_by_one_are_those_of_the_videos_best_first(query: str, finis
     assert [hit.rank for hit in hits] == list(range(1, len(hits) + 1))
     assert all(len(hit.moments) == 1 and hit.moments[0].score == hit.score for hit in hits)
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
-    wanted = {(v.video_id, v.path, moment) for v in videos for moment in v.moments}
-    assert {(hit.video_id, hit.path, hit.moments[0]) for hit in hits} == wanted
+    whole = {(v.path, m.start_seconds, m.end_seconds) for v in videos for m in v.moments}
+    assert whole <= {(hit.path, hit.moments[0].start_seconds, hit.moments[0].end_seconds) for hit in hits}
+    wanted = {(path, start) for path, start, _ in whole}
+    for video in videos:  # and what does not match, each stored moment by itself
+        for start in embeddings[video.path].moments.start_seconds.tolist():
+            if not any(path == video.path and a <= start < b for path, a, b in whole):
+                wanted.add((video.path, start))
+    assert {(hit.path, hit.moments[0].start_seconds) for hit in hits} == wanted
     assert len(hits) == len(wanted) > len(videos)  # several of a video where it has them
     for hit in hits:
         embedding, moment = embeddings[hit.path], hit.moments[0]
@@ -279,10 +285,11 @@ def test_moments_of_one_video_stand_between_those_of_others(scenes: Path) -> Non
         (3, first_of_equal[1], *spans[first_of_equal[1]]),
         (4, "twice", 5.0, 9.0),
     ]
-    assert {name for _, name, *_ in found[4:]} == {"never"}  # a video's best frame belongs always
+    assert {name for _, name, *_ in found[4:]} >= {"never"} and all(h.score < 0.65 for h in hits[4:])
     np.testing.assert_allclose([h.score for h in hits[:4]], [0.9, 0.8, 0.8, 0.7], atol=2e-3)
     n_moments = {hit.video_id: len(hit.moments) for hit in videos}
-    assert n_moments == {"twice": 2, "once": 1, "same": 1, "never": len(found) - 4}
+    assert (n_moments["twice"], n_moments["once"], n_moments["same"]) == (2, 1, 1)
+    assert sum(name == "never" for _, name, *_ in found) >= n_moments["never"] >= 1
 
 
 def test_moments_one_by_one_are_of_each_query_alone(finished: Path) -> None:
@@ -399,9 +406,10 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("name", [LOOKUP_FILE, TEXTS_FILE, "index.faiss", "index.json"])
 def test_a_damaged_index_is_an_error_that_names_the_file(name: str, how: str, collection: Path) -> None:
     damage(current_generation(collection / "index") / name, how)
-    with pytest.raises(IntegrityError, match=name):
+    with pytest.raises(IntegrityError, match=name) as error:
         ask(collection, ["snow"])
-    commands.index(collection, machine=machine(), force=True)
+    assert "fineco index" in error.value.hint
+    assert commands.index(collection, machine=machine())  # which is not up to date
     assert len(ask(collection, ["snow"])[0]) == 9
 
 
