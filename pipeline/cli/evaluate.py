@@ -23,7 +23,7 @@ score_options = options(
         type=click.Choice(["rescore", "mean"]),
         default="rescore",
         show_default=True,
-        help="rescore weighs frames by the query, as a search does; mean takes pooled vectors, as an index does.",
+        help="rescore weighs frames by the query, as a search does; mean takes pooled vectors.",
     ),
     click.option(
         "--selector", type=click.Choice(SELECTORS), help="Only frames that this selector keeps.  [default: all]"

@@ -33,7 +33,7 @@ class Options:
     """How texts are compared with clips.
 
     Attributes:
-        score: `rescore` (frames weighted by a softmax, as a search ranks) or `mean` (pooled vectors, as an index does).
+        score: `rescore` (frames weighted by a softmax, as a search ranks) or `mean` (pooled vectors).
         by: What `retrieval` scores a clip by: as a whole (`video`), or by the best of its `moments`; not with a model.
         select: Over which frames; the videos' own texts serve `caption`.
         model: A video model over this collection's features that scores pairs itself; then `score` plays no part.

@@ -185,7 +185,7 @@ def _measure_rescoring(
 ) -> dict[str, Any]:
     """Gives the head the temperature that serves a search best, and says whether a search is better for the training.
 
-    The epoch was chosen by pooled vectors, which a search looks at first; what it shows is ranked by re-scoring.
+    The epoch was chosen by pooled vectors, as the papers compare videos; what a search shows is ranked by re-scoring.
     """
     rows = which.validation if len(which.validation) else which.training
     start = float(head.rescoring_temperature)
