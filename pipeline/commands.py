@@ -306,9 +306,8 @@ def _select_missing(
 ) -> int:
     if not count_unselected(writer, plan.name):
         return 0
-    if f"{EMBEDDINGS}/{plan.name}" in writer.state.outdated and not writer.state.places.get(
-        f"{EMBEDDINGS}/{plan.name}"
-    ):
+    kind = f"{EMBEDDINGS}/{plan.name}"
+    if kind in writer.state.outdated and not writer.state.places.get(kind):
         machine.say(
             "An earlier version of fineco made this collection, without moments: frames are selected again from the "
             "stored features, nothing is decoded or embedded."

@@ -21,15 +21,11 @@ from indexes.id_map import IdMap, moment_ids
 from indexes.plan import IndexPlan, plan_index
 from pipeline.errors import FinecoError, IntegrityError
 from pipeline.types import Float32, Int64
+from small_galleries import unit
 
 ROOT = Path(__file__).parents[2]
 DIM = 32
 NOTHING = Probes(np.empty((0, DIM), np.float32), [], "none")
-
-
-def unit(rows: Any) -> Float32:
-    rows_of_one: Float32 = (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
-    return rows_of_one
 
 
 @dataclass(frozen=True)
